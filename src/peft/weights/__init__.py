@@ -1,0 +1,8 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""What is W? One question, answered by one class for each storage format: `find_weight(layer)` gives a `BaseWeight`
+that reads, writes and keeps the layer's weight as a logical matrix [out, in], however its bytes are stored."""
+
+from .base import BaseWeight, Packed
+from .find import find_weight
+
+__all__ = ["BaseWeight", "Packed", "find_weight"]

@@ -1,0 +1,223 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""What a storage format answers about the weight of a base layer. The weight is seen as one matrix [out, in] with one
+row per output feature, whatever the layer's own orientation or packing is."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _torch_module
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The stored bytes of a quantised weight, as kernels read them. All tensors are the live ones, not copies.
+
+    Attributes:
+        kind: "nf4" or "fp4" (two codes a byte, the first in the high half, in row-major order of [out, in]) or "int8"
+            (one byte an element, row-major).
+        data: Flat uint8 [ceil(out * in / 2)] for 4 bit; int8 [out, in] for "int8".
+        shape: (out, in).
+        dtype: The dtype that the format dequantises to when none is asked for.
+        blocksize: Consecutive elements that share one scale; 4 bit only.
+        code: Float32 [16], the value of each code; 4 bit only.
+        absmax: 4 bit only. Float32 [blocks], or uint8 [blocks] when `nested` is given.
+        nested: `(absmax, code, blocksize, offset)` of the scales' own quantisation, else None: the scale of block `i` is
+            `nested.code[absmax[i]] * nested.absmax[i // nested.blocksize] + offset`. Float32 [blocks of blocks],
+            float32 [256], int, float32 [].
+        scb: "int8" only. Float32 [out], the largest magnitude of each row: `w = data * scb / 127`.
+    """
+
+    kind: str
+    data: torch.Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    blocksize: int | None = None
+    code: torch.Tensor | None = None
+    absmax: torch.Tensor | None = None
+    nested: tuple[torch.Tensor, torch.Tensor, int, torch.Tensor] | None = None
+    scb: torch.Tensor | None = None
+
+
+class SameObject:
+    """Equal to another one only while both refer to one and the same living object: an `id` that is never reused."""
+
+    __slots__ = ("_ref",)
+
+    def __init__(self, referent: Any) -> None:
+        self._ref = weakref.ref(referent)
+
+    def __eq__(self, other: object) -> bool:
+        referent = self._ref()
+        return referent is not None and isinstance(other, SameObject) and other._ref() is referent
+
+    def __hash__(self) -> int:
+        return id(self._ref())
+
+
+def stamp(tensor: torch.Tensor) -> tuple:
+    """Identity of a tensor's bytes: equal stamps mean that nobody wrote to them through torch in between.
+
+    An inference tensor counts no versions, so its stamp equals no other.
+    """
+    version = object() if tensor.is_inference() else tensor._version
+    return SameObject(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
+def writing(tensor: torch.Tensor):
+    """The context in which `tensor` may be written to in place."""
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
+
+
+def overwrite(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+    """Give back a tensor that holds `new`: `old` itself, written in place, where it fits, else a copy of `new`.
+
+    In place keeps the addresses that captured graphs have seen, and counts a version.
+    """
+    if new is None:
+        return None
+    if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device) or old.is_meta:
+        return new.detach().clone()
+    with writing(old):
+        return old.copy_(new)
+
+
+class BaseWeight(ABC):
+    """The weight of one base layer, read through its storage format.
+
+    Args:
+        layer: The base layer. It is referenced, never changed except by `write` and `restore`.
+
+    Attributes:
+        format: Name of the storage format, for messages.
+        layer: The base layer.
+    """
+
+    format: ClassVar[str] = ""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __repr__(self) -> str:
+        out, features = self.shape
+        return f"{type(self).__name__}({self.format}, [{out}, {features}], {self.dtype}, {self.device})"
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the logical matrix."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype that `dense()` gives when none is asked for."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias [out], or None."""
+        return getattr(self.layer, "bias", None)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The dtype that the layer casts its input to before the product (and back after it); None: no cast."""
+        return None
+
+    @property
+    @abstractmethod
+    def lossy(self) -> bool:
+        """True when `write` does not keep exactly what it was given, so that only `restore` can undo it."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole matrix [out, in], without gradient; where nothing has to be converted it is a view, not a copy.
+
+        Args:
+            dtype: A floating dtype; None for the format's own (`self.dtype`).
+        """
+
+    @abstractmethod
+    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows a to b of `dense(dtype)`, [b - a, in], with the same bits and without building more than these.
+
+        Raises:
+            IndexError: `0 <= a <= b <= out` does not hold.
+        """
+
+    @abstractmethod
+    def write(self, matrix: torch.Tensor) -> None:
+        """Store `matrix` [out, in] of any floating dtype in the layer, in place, in the format it has now.
+
+        Raises:
+            ValueError: The shape is not (out, in), or the dtype is not a floating one.
+        """
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """A copy of the stored bytes, for `restore`. It holds whatever happens to the layer in between."""
+
+    @abstractmethod
+    def restore(self, snapshot: Any) -> None:
+        """Give the layer back the bytes of `snapshot`, bit for bit, on the device where it is now.
+
+        The snapshot can be used again.
+        """
+
+    @abstractmethod
+    def key(self) -> tuple:
+        """Identity of the stored bytes: as long as keys compare equal, the weight is the same.
+
+        What nobody can see is a write behind torch's back (through `.data` or a raw pointer): after one, call
+        `peft.dora.invalidate`.
+        """
+
+    def packed(self) -> Packed | None:
+        """The stored bytes for kernels that read them, or None where no kernel can."""
+        return None
+
+    @abstractmethod
+    def direct(self) -> bool:
+        """True when `x @ dense().T + bias` may stand for `layer(x)`: the layer's class is exactly one that we know,
+        nobody replaced its forward, hooked it, offloaded it or sharded its weight."""
+
+    def _check_rows(self, a: int, b: int) -> None:
+        if not 0 <= a <= b <= self.shape[0]:
+            raise IndexError(f"rows({a}, {b}) of a weight with {self.shape[0]} rows: expected 0 <= a <= b <= out")
+
+    def _check_matrix(self, matrix: torch.Tensor) -> None:
+        if tuple(matrix.shape) != self.shape:
+            raise ValueError(
+                f"write(matrix) to a {self.format} {type(self.layer).__name__}: the shape must be {self.shape} "
+                f"(out, in), got {tuple(matrix.shape)}"
+            )
+        if not matrix.is_floating_point():
+            raise ValueError(
+                f"write(matrix) to a {self.format} {type(self.layer).__name__}: the dtype must be a floating one, "
+                f"got {matrix.dtype}"
+            )
+
+
+_PLAIN_TYPES = (nn.Parameter, torch.Tensor)
+
+
+def untouched(layer: nn.Module, weight: torch.Tensor, own_type: type = nn.Parameter) -> bool:
+    """True when calling `layer` runs its class's forward and nothing else, on a weight that is here and whole."""
+    return (
+        "forward" not in layer.__dict__
+        and "_hf_hook" not in layer.__dict__
+        and not (
+            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        )
+        and type(layer).__call__ is _torch_module.Module.__call__
+        and type(weight) in (*_PLAIN_TYPES, own_type)
+        and not weight.is_meta
+        and not hasattr(weight, "ds_id")
+    )

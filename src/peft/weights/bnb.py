@@ -1,0 +1,383 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Weights that bitsandbytes keeps in 4 bits (NF4, FP4; arXiv 2305.14314) or 8 bits (LLM.int8(); arXiv 2208.07339).
+This module needs only tensors until one of its weights is read; bitsandbytes is imported then."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .base import BaseWeight, Packed, SameObject, overwrite, stamp, untouched
+from .plain import PlainWeight
+
+
+class _Quantised(BaseWeight):
+    """What the two formats share: until the layer is moved to a device its weight is a plain floating one."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+    @property
+    def lossy(self) -> bool:
+        return self._stored() is not None
+
+    @abstractmethod
+    def _stored(self) -> Any:
+        """What the format keeps beside the weight's bytes, or None where the weight is not quantised."""
+
+    @property
+    def _plain(self) -> PlainWeight:
+        return PlainWeight(self.layer)
+
+
+class _State4bit(NamedTuple):
+    data: torch.Tensor
+    quant_state: Any
+
+
+class Weight4bit(_Quantised):
+    """The weight of a bitsandbytes `Linear4bit`: NF4 or FP4, any block size, nested statistics or not, in any storage
+    dtype, and the layout with interleaved rows that bitsandbytes rewrites it to in eval on CPUs with AVX512-BF16.
+
+    `direct()` is False on the CPU where the number of input features is no multiple of the block size: bitsandbytes
+    0.50 computes another product there than the one its bytes say.
+    """
+
+    format = "bnb 4bit"
+
+    def _stored(self) -> Any:
+        return quant_state_of(self.layer.weight, self.layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        state = self._stored()
+        return self.layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        return self.layer.compute_dtype
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        state = self._stored()
+        if state is None:
+            return self._plain.dense(dtype)
+        matrix = dequantise_4bit(self.layer.weight, state)
+        return matrix if dtype is None else matrix.to(dtype)
+
+    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        self._check_rows(a, b)
+        state = self._stored()
+        if state is None:
+            return self._plain.rows(a, b, dtype)
+        if _is_interleaved(state):
+            block = _read_interleaved(self.layer.weight, state, a, b)
+        else:
+            block = _read_rows(self.layer.weight, state, a, b)
+        return block if dtype is None else block.to(dtype)
+
+    def write(self, matrix: torch.Tensor) -> None:
+        self._check_matrix(matrix)
+        state = self._stored()
+        if state is None:
+            self._plain.write(matrix)
+            return
+        import bitsandbytes.functional as bnb
+
+        weight = self.layer.weight
+        nested = getattr(state, "original_nested", state.nested) if _is_interleaved(state) else state.nested
+        storage = getattr(state, "original_storage_type", None) or weight.dtype
+        # bitsandbytes quantises fp32, fp16 and bf16; fp32 input keeps every bit of the matrix up to the rounding.
+        packed, fresh = bnb.quantize_4bit(
+            matrix.detach().to(weight.device, torch.float32).contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=nested,
+            quant_type=state.quant_type,
+            quant_storage=storage,
+        )
+        fresh.dtype = self.dtype
+        self._put(packed, fresh)
+
+    def snapshot(self) -> _State4bit | torch.Tensor:
+        state = self._stored()
+        if state is None:
+            return self._plain.snapshot()
+        return _State4bit(self.layer.weight.detach().clone().as_subclass(torch.Tensor), copy.deepcopy(state))
+
+    def restore(self, snapshot: _State4bit | torch.Tensor) -> None:
+        if isinstance(snapshot, torch.Tensor):
+            self._plain.restore(snapshot)
+            return
+        device = self.device
+        state = copy.deepcopy(snapshot.quant_state)
+        state.to(device)
+        self._put(snapshot.data.to(device), state)
+
+    def key(self) -> tuple:
+        with _no_dispatch():
+            weight = self.layer.weight
+            state = quant_state_of(weight, self.layer)
+            if state is None:
+                return stamp(weight)
+            return (*stamp(weight), SameObject(state), *stamp(state.absmax))
+
+    def packed(self) -> Packed | None:
+        state = self._stored()
+        if state is None or _is_interleaved(state):
+            return None
+        nested = None
+        if state.nested:
+            nested = (state.state2.absmax, state.state2.code, state.state2.blocksize, state.offset)
+        return Packed(
+            kind=state.quant_type,
+            data=_bytes(self.layer.weight),
+            shape=self.shape,
+            dtype=self.dtype,
+            blocksize=state.blocksize,
+            code=state.code,
+            absmax=state.absmax,
+            nested=nested,
+        )
+
+    def direct(self) -> bool:
+        layer = self.layer
+        weight, state = layer.weight, self._stored()
+        kind = type(layer)
+        forward = kind.__dict__.get("forward")
+        return (
+            (kind.__module__, kind.__qualname__) == ("bitsandbytes.nn.modules", "Linear4bit")
+            and getattr(forward, "__module__", None) == "bitsandbytes.nn.modules"
+            and state is not None
+            and _reads_right(weight.device, state)
+            and untouched(layer, weight, type(weight) if _is_params4bit(weight) else nn.Parameter)
+        )
+
+    def _put(self, packed: torch.Tensor, state: Any) -> None:
+        weight = self.layer.weight
+        held = overwrite(weight.detach(), packed)
+        if held.data_ptr() != weight.data_ptr():
+            weight.data = held
+        if _is_params4bit(weight):
+            weight.quant_state = state
+        self.layer.quant_state = state
+
+
+class _State8bit(NamedTuple):
+    data: torch.Tensor
+    scb: torch.Tensor
+
+
+class Weight8bit(_Quantised):
+    """The weight of a bitsandbytes `Linear8bitLt`: int8 rows and the largest magnitude (SCB) of each.
+
+    bitsandbytes holds the two on the parameter until the first forward, on `layer.state` from then on, and, after a
+    move through a parent module, the bytes on the one and the statistics on the other. With `has_fp16_weights=True`
+    the weight stays a plain floating one, which the layer quantises as it goes.
+    """
+
+    format = "bnb 8bit"
+
+    def _stored(self) -> _State8bit | None:
+        return int8_state_of(self.layer.weight, self.layer.state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.weight.dtype if self._stored() is None else torch.float32
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        stored = self._stored()
+        return self._plain.dense(dtype) if stored is None else dequantise_8bit(*stored, dtype)
+
+    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        self._check_rows(a, b)
+        stored = self._stored()
+        if stored is None:
+            return self._plain.rows(a, b, dtype)
+        return dequantise_8bit(stored.data[a:b], stored.scb[a:b], dtype)
+
+    def write(self, matrix: torch.Tensor) -> None:
+        """As `BaseWeight.write`; the rows are rounded to int8 symmetrically, each by its own largest magnitude."""
+        self._check_matrix(matrix)
+        if self._stored() is None:
+            self._plain.write(matrix)
+            # The int8 copy that the last forward left behind is out of date; eval would go on using it.
+            self.layer.state.reset_grads()
+            return
+        wide = matrix.detach().to(self.device, torch.float32)
+        scb = wide.abs().amax(dim=1)
+        scale = torch.where(scb > 0, 127.0 / scb, 0.0)
+        self._put(_State8bit((wide * scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scb))
+
+    def snapshot(self) -> _State8bit | torch.Tensor:
+        stored = self._stored()
+        if stored is None:
+            return self._plain.snapshot()
+        return _State8bit(stored.data.clone(), stored.scb.clone())
+
+    def restore(self, snapshot: _State8bit | torch.Tensor) -> None:
+        if isinstance(snapshot, torch.Tensor):
+            self._plain.restore(snapshot)
+            self.layer.state.reset_grads()
+            return
+        self._put(_State8bit(*(tensor.to(self.device) for tensor in snapshot)))
+
+    def key(self) -> tuple:
+        weight, state = self.layer.weight, self.layer.state
+        if weight.is_floating_point():
+            return stamp(weight)
+        data = weight.CB if weight.CB is not None else state.CB
+        scb = weight.SCB if weight.SCB is not None else state.SCB
+        return (*stamp(weight), None if data is None else stamp(data), None if scb is None else stamp(scb))
+
+    def packed(self) -> Packed | None:
+        stored = self._stored()
+        if stored is None:
+            return None
+        return Packed(kind="int8", data=stored.data, shape=self.shape, dtype=self.dtype, scb=stored.scb)
+
+    def direct(self) -> bool:
+        """Never: `Linear8bitLt` also rounds its input to int8 and takes outliers apart, which no dense product does."""
+        return False
+
+    def _put(self, new: _State8bit) -> None:
+        weight, state = self.layer.weight, self.layer.state
+        held = self._stored()
+        data, scb = overwrite(held.data, new.data), overwrite(held.scb, new.scb)
+        if data.data_ptr() != weight.data_ptr():
+            weight.data = data
+        holder = weight if weight.CB is not None else state
+        holder.CB, holder.SCB = data, scb
+
+
+# Every look at a Params4bit goes through its `__torch_function__`, in Python: key() is asked in each forward pass.
+_no_dispatch = torch._C.DisableTorchFunctionSubclass
+
+
+def _is_params4bit(weight: torch.Tensor) -> bool:
+    return type(weight).__name__ == "Params4bit"
+
+
+def quant_state_of(weight: torch.Tensor, layer: nn.Module | None = None) -> Any:
+    """The `QuantState` of a 4-bit weight, or None where it is not quantised (yet).
+
+    FSDP replaces the parameter by one of another class and loses its state; the layer still has it.
+    """
+    state = getattr(weight, "quant_state", None)
+    if state is None and not _is_params4bit(weight):
+        state = getattr(layer, "quant_state", None)
+    return state
+
+
+def int8_state_of(weight: torch.Tensor, state: Any) -> _State8bit | None:
+    """The int8 rows [out, in] and SCB [out] that an 8-bit layer computes with; None where the weight is floating.
+
+    Args:
+        weight: The `Int8Params`.
+        state: The layer's `MatmulLtState`, or None.
+
+    Raises:
+        ValueError: The weight is int8, but its statistics are neither on it nor in `state`.
+    """
+    if weight.is_floating_point():
+        return None
+    on_weight = getattr(weight, "CB", None), getattr(weight, "SCB", None)
+    on_state = getattr(state, "CB", None), getattr(state, "SCB", None)
+    data = next((tensor for tensor in (on_weight[0], on_state[0]) if tensor is not None), weight.detach())
+    scb = next((tensor for tensor in (on_weight[1], on_state[1]) if tensor is not None), None)
+    if scb is None:
+        raise ValueError(
+            "an int8 weight of bitsandbytes without its row statistics (SCB): pass `state=layer.state`; after the first "
+            "forward the statistics are kept there"
+        )
+    if data.device != weight.device:
+        data = weight.detach()
+    return _State8bit(data.as_subclass(torch.Tensor), scb.to(data.device))
+
+
+def dequantise_4bit(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """The matrix [out, in] of a 4-bit weight in the dtype that was quantised; `code[i] * absmax`, rounded once."""
+    if _is_interleaved(state):
+        return _read_interleaved(weight, state, 0, state.shape[0])
+    if not _reads_right(weight.device, state):
+        return _read_rows(weight, state, 0, state.shape[0])
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_4bit(_bytes(weight).view(-1, 1), state)
+
+
+def dequantise_8bit(data: torch.Tensor, scb: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """int8 rows [n, in] times `scb / 127` [n], computed in float32 (float64 for float64) and rounded once."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    matrix = data.to(wide).mul_((scb.to(wide) / 127.0)[:, None])
+    return matrix if dtype is None else matrix.to(dtype)
+
+
+def _bytes(weight: torch.Tensor) -> torch.Tensor:
+    """The packed bytes as flat uint8, whatever dtype they are stored under."""
+    return weight.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.uint8)
+
+
+def _reads_right(device: torch.device, state: Any) -> bool:
+    """False where bitsandbytes 0.50 on the CPU lets the blocks start anew in each row although they run on: there the
+    layer's own product is wrong too, and only one flat row is read as it was written."""
+    return device.type != "cpu" or state.shape[-1] % state.blocksize == 0
+
+
+def _scales(state: Any, first: int, last: int) -> torch.Tensor:
+    """Float32 scales of the blocks first to last."""
+    absmax = state.absmax[first:last]
+    if not state.nested:
+        return absmax
+    outer = torch.arange(first, last, device=absmax.device) // state.state2.blocksize
+    return state.state2.code[absmax.int()] * state.state2.absmax[outer] + state.offset
+
+
+def _read_rows(weight: torch.Tensor, state: Any, a: int, b: int) -> torch.Tensor:
+    """Rows a to b, [b - a, in], from the blocks that cover them."""
+    import bitsandbytes.functional as bnb
+
+    out, features = state.shape
+    size = state.blocksize
+    start, stop = a * features, b * features
+    if start == stop:
+        return torch.empty((b - a, features), dtype=state.dtype, device=weight.device)
+    first, last = start // size, -(-stop // size)
+    end = min(last * size, out * features)
+    cover = bnb.QuantState(
+        absmax=_scales(state, first, last),
+        shape=torch.Size([b - a, features] if features % size == 0 else [end - first * size]),
+        code=state.code,
+        blocksize=size,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    flat = bnb.dequantize_4bit(_bytes(weight)[first * size // 2 : -(-end // 2)].view(-1, 1), cover).reshape(-1)
+    return flat[start - first * size : stop - first * size].view(b - a, features)
+
+
+_INTERLEAVED_ROWS = 32
+
+
+def _is_interleaved(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _read_interleaved(weight: torch.Tensor, state: Any, a: int, b: int) -> torch.Tensor:
+    """Rows a to b, [b - a, in], of the layout for AVX512-BF16.
+
+    There 32 rows are stored together: for each pair of columns 32 bytes, whose low halves are the pairs of the first 16
+    rows and whose high halves are those of the last 16. The scales are bf16 [in / blocksize, out].
+    """
+    out, features = state.shape
+    size = _INTERLEAVED_ROWS
+    first, last = a // size, -(-b // size)
+    stored = _bytes(weight).view(out // size, features // 2, size)[first:last]
+    codes = torch.cat([stored & 0xF, stored >> 4], dim=-1).view(last - first, features // 2, size, 2)
+    codes = codes.transpose(1, 2).reshape((last - first) * size, features)[a - first * size : b - first * size]
+    scales = state.absmax[:, a:b].T.float()
+    matrix = state.code[codes.int()].view(b - a, features // state.blocksize, state.blocksize) * scales[:, :, None]
+    return matrix.view(b - a, features).to(state.original_dtype)
