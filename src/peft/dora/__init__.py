@@ -1,0 +1,40 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""DoRA (Liu et al., arXiv 2402.09353) as pure functions with three bodies: the definition, PyTorch, Triton. Importing
+it needs torch alone; triton is imported by the first call that runs a kernel."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .autograd import linear
+from .norm import NormCache, row_norm
+from .pieces import branch, compose
+from .reference import dora_linear_reference, gain, weight_norm
+from .route import Route, explain, plan
+
+__all__ = [
+    "NormCache",
+    "Route",
+    "branch",
+    "compose",
+    "dora_linear_reference",
+    "explain",
+    "gain",
+    "invalidate",
+    "linear",
+    "plan",
+    "row_norm",
+    "weight_norm",
+]
+
+
+def invalidate(model: nn.Module) -> None:
+    """Let every layer compute its norm anew at the next pass; for whoever writes to base weights behind torch's back.
+
+    Args:
+        model: Any module; layers are found by their method `dora_caches`, which gives their `NormCache` objects.
+    """
+    for module in model.modules():
+        if callable(getattr(module, "dora_caches", None)):
+            for cache in module.dora_caches():
+                cache.invalidate()

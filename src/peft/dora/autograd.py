@@ -1,0 +1,317 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""One autograd Function for an adapted linear layer, whichever body runs: base product, branch, gain and bias forward,
+and every gradient backward. What it saves and why is in the README beside this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import eager
+from .norm import Factors, NormCache, check_factors, plain_factors, row_norm_torch, runs_triton
+from .products import as_dtype, base_product, product_in, scaled_product, sum_dtype
+from .reference import gain as gain_of
+from .route import Route
+
+
+def linear(
+    x: torch.Tensor,
+    weight: Any,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+    lora_bias: torch.Tensor | None = None,
+    cache: NormCache | None = None,
+    route: Route | None = None,
+) -> torch.Tensor:
+    """y = g∘(x Wᵀ + s·(x Aᵀ Bᵀ + c)) + b, with g = magnitude / ‖W + s·BA‖ (arXiv 2402.09353), or g = 1.
+
+    The base product is computed in x's dtype, or in autocast's; the branch in that dtype too, or outside autocast in
+    that of A and B where it is wider. Norm and gain are float32 (float64 where something is). The gradient reaches x,
+    A, B, the magnitude and both biases, never W. It can be taken once, not differentiated again.
+
+    Args:
+        x: `[..., in]`.
+        weight: W `[out, in]` and its bias b, as a `peft.weights.BaseWeight`.
+        A: `[r, in]`.
+        B: `[out, r]`.
+        scaling: s.
+        magnitude: m, `out` elements; None for plain LoRA.
+        lora_bias: c `[out]`.
+        cache: Where the norm is kept from pass to pass.
+        route: Which body runs; None for PyTorch.
+
+    Returns:
+        `[..., out]` in the dtype that the base layer alone would return.
+
+    Raises:
+        ValueError: The shapes of x, A or B do not fit the weight's.
+        RuntimeError: The dtypes of x and W differ outside autocast; or a second derivative is asked for.
+    """
+    call = Call(x, weight, A, B, scaling, cache, route)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _composed(call, x, A, B, magnitude, lora_bias)
+    bias = weight.bias
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or A.requires_grad
+        or B.requires_grad
+        or (magnitude is not None and magnitude.requires_grad)
+        or (lora_bias is not None and lora_bias.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return LinearFunction.apply(x, A, B, magnitude, lora_bias, bias, call)
+    return call.run(x, A, B, magnitude, lora_bias, bias, keep=None)[0]
+
+
+class Call:
+    """One pass: what is not a tensor with a gradient, and the decisions made from it."""
+
+    __slots__ = ("autocast", "branch_dtype", "cache", "dtype", "packed", "route", "scaling", "triton", "weight")
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: Any,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        cache: NormCache | None,
+        route: Route | None,
+    ) -> None:
+        if not x.dim() or x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected [..., {weight.shape[1]}], the weight's input features"
+            )
+        kind = x.device.type
+        self.autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if self.autocast else x.dtype
+        if self.autocast or A.dtype == B.dtype == x.dtype:
+            self.branch_dtype = self.dtype
+        else:
+            self.branch_dtype = torch.promote_types(x.dtype, torch.promote_types(A.dtype, B.dtype))
+        self.weight = weight
+        self.scaling = scaling
+        self.cache = cache
+        self.route = route
+        self.packed = None
+        self.triton = runs_triton(route, x, self.branch_dtype)
+
+    def factors(self, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, floor: bool) -> Factors:
+        if magnitude is None:
+            check_factors(self.weight, A, B)
+            return plain_factors(A, B, self.branch_dtype)
+        cache = NormCache() if self.cache is None else self.cache
+        return cache.factors(
+            self.weight, A, B, self.scaling, self.branch_dtype, triton=self.triton, magnitude=magnitude, floor=floor
+        )
+
+    def dense(self) -> torch.Tensor:
+        """W `[out, in]` in the dtype of the base product."""
+        weight = self.weight
+        if self.triton and self.packed is not None:
+            from . import kernels
+
+            return kernels.dequantise(self.packed, self.dtype)
+        # Outside autocast a plain weight of another dtype than x is refused by the product, as by the layer itself.
+        return weight.dense() if weight.format == "plain" and not self.autocast else weight.dense(self.dtype)
+
+    @property
+    def body(self) -> Any:
+        if self.triton:
+            from . import kernels
+
+            return kernels
+        return eager
+
+    def run(
+        self,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        magnitude: torch.Tensor | None,
+        lora_bias: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        keep: str | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Factors]:
+        """The forward pass: y `[..., out]`, x and h in the dtypes of their products, v or None, and the factors."""
+        factors = self.factors(A, B, magnitude, floor=keep == "y")
+        self.packed = factors.packed
+        if x.dtype != self.dtype:
+            x = x.to(self.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        gain = factors.gain
+        u = base_product(rows, self.dense(), None if gain is not None else bias)
+        h = scaled_product(as_dtype(rows, self.branch_dtype), factors.a.t(), self.scaling)
+        y, v = self.body.compose(
+            u,
+            h,
+            factors.b,
+            gain=gain,
+            bias=bias if gain is not None else None,
+            lora_bias=lora_bias,
+            scaling=self.scaling,
+            keep_v=keep == "v",
+        )
+        return y.view(*x.shape[:-1], y.shape[-1]), x, h, v, factors
+
+
+def _kept(call: Call, magnitude: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
+    """What the magnitude's gradient reads v from: y itself, or v where y does not hold it well enough.
+
+    y = g∘v + b buries a small v under a large bias, and in float16 a small gain pushes it below the smallest number.
+    """
+    if magnitude is None or not magnitude.requires_grad:
+        return None
+    return "y" if bias is None and call.dtype != torch.float16 else "v"
+
+
+class LinearFunction(torch.autograd.Function):
+    """`linear` with its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        magnitude: torch.Tensor | None,
+        lora_bias: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        call: Call,
+    ) -> torch.Tensor:
+        keep = _kept(call, magnitude, bias)
+        y, used, h, v, factors = call.run(x, A, B, magnitude, lora_bias, bias, keep)
+        saved = [used if ctx.needs_input_grad[1] or keep == "y" else None, h, v]
+        ctx.output = None
+        if keep == "y":
+            # A version of its own, counted from zero: what is not zero in the backward pass has been written over.
+            y = y.data
+            if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+                ctx.output = y.detach()
+            else:
+                saved[2] = y
+        if not factors.private:
+            saved += (factors.a, factors.b)
+            factors = factors._replace(a=None, b=None)
+        ctx.save_for_backward(*saved)
+        ctx.call, ctx.keep, ctx.factors = call, keep, factors
+        ctx.like = x.shape, x.dtype, A.dtype, B.dtype
+        ctx.vectors = magnitude, lora_bias, bias
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        factors = ctx.factors
+        if not factors.private:
+            factors = factors._replace(a=saved[3], b=saved[4])
+        y = saved[2] if ctx.output is None else ctx.output
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            # These are no saved tensors that autograd lets go of: without this they would live as long as the loss.
+            ctx.factors = ctx.output = None
+        kind = dy.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return _backward(ctx, dy, saved[0], saved[1], y, factors)
+        return _backward(ctx, dy, saved[0], saved[1], y, factors)
+
+
+def _backward(
+    ctx: Any, dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, kept: torch.Tensor | None, factors: Factors
+) -> tuple[torch.Tensor | None, ...]:
+    call: Call = ctx.call
+    shape, x_dtype, a_dtype, b_dtype = ctx.like
+    magnitude, lora_bias, bias = ctx.vectors
+    need_x, need_a, need_b, need_m, need_c, need_bias = ctx.needs_input_grad[:6]
+    dy = dy.reshape(-1, dy.shape[-1])
+    rows = None if x is None else x.reshape(-1, shape[-1])
+
+    kept_is_v = ctx.keep == "v"
+    if need_m and not kept_is_v and kept._version:
+        kept, kept_is_v = _recompute(call, rows, h, factors, lora_bias), True
+    need_t = need_x or need_a or need_b or need_c
+    if factors.gain is None:
+        t, dm = as_dtype(dy, call.branch_dtype), None
+    else:
+        t, dm = call.body.scale_gradient(
+            dy.contiguous(),
+            gain=factors.gain,
+            norm=factors.norm,
+            kept=kept.reshape(-1, dy.shape[-1]) if need_m else None,
+            kept_is_v=kept_is_v,
+            dtype=call.branch_dtype if need_t else None,
+        )
+    da = db = dx = dc = None
+    if need_b:
+        db = product_in(t.t(), h, b_dtype)
+    if need_c:
+        dc = t.sum(0, dtype=sum_dtype(t)).mul_(call.scaling).to(lora_bias.dtype)
+    if need_a or need_x:
+        dh = scaled_product(t, factors.b, call.scaling)
+        if need_a:
+            da = product_in(dh.t(), as_dtype(rows, dh.dtype), a_dtype)
+        if need_x:
+            dx = input_gradient(call, t, dh, factors.a).to(x_dtype).view(shape)
+    if dm is not None:
+        dm = dm.to(magnitude.dtype).view(magnitude.shape)
+    dbias = dy.sum(0, dtype=sum_dtype(dy)).to(bias.dtype) if need_bias else None
+    return dx, da, db, dm, dc, dbias, None
+
+
+def input_gradient(call: Call, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """dx = t W + dh A `[tokens, in]`."""
+    dx = torch.mm(as_dtype(t, call.dtype), call.dense())
+    if dh.dtype == dx.dtype:
+        return dx.addmm_(dh, a)
+    return torch.addmm(dx.to(dh.dtype), dh, a)
+
+
+def _recompute(
+    call: Call, rows: torch.Tensor, h: torch.Tensor, factors: Factors, lora_bias: torch.Tensor | None
+) -> torch.Tensor:
+    """v once more, because the layer's output, from which it would have been read, was changed in place."""
+    u = torch.mm(rows, call.dense().t())
+    return eager.compose(u, h, factors.b, gain=None, bias=None, lora_bias=lora_bias, scaling=call.scaling)[0]
+
+
+def _composed(
+    call: Call,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear` as a composition of torch's own operators: for compilers, which fuse it, and for torch.func."""
+    weight, dtype = call.weight, call.branch_dtype
+    check_factors(weight, A, B)
+    x = as_dtype(x, call.dtype)
+    W = call.dense()
+    v = F.linear(x, W)
+    a, b = as_dtype(A, dtype), as_dtype(B, dtype)
+    low_rank = F.linear(F.linear(as_dtype(x, dtype), a), b)
+    if lora_bias is not None:
+        low_rank = low_rank + as_dtype(lora_bias, dtype)
+    v = v + call.scaling * low_rank
+    bias = weight.bias
+    if magnitude is not None:
+        gain = gain_of(magnitude, _composed_norm(call, W, a.detach(), b.detach()))
+        v = gain * v
+    if bias is not None:
+        v = v + as_dtype(bias, v.dtype)
+    return as_dtype(v, call.dtype)
+
+
+def _composed_norm(call: Call, W: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.row_norm(W, a, b, call.scaling, call.triton)
+    return row_norm_torch(call.weight, a, b, call.scaling)

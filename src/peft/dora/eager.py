@@ -1,0 +1,125 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""The PyTorch bodies of the passes over the output: what the Triton kernels in `kernels/compose.py` do, for any device
+and dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from .norm import CHUNK_BYTES
+
+
+def compose(
+    u: torch.Tensor,
+    h: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    gain: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    scaling: float,
+    keep_v: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y = g∘v + bias with v = u + h bᵀ + s·c, written over u.
+
+    Args:
+        u: The base product `[tokens, out]` without bias; overwritten.
+        h: `[tokens, r]`, scaled already.
+        b: B `[out, r]`, in h's dtype.
+        gain: g `[out]`, or None for y = v.
+        bias: `[out]`; only with a gain.
+        lora_bias: c `[out]`.
+        scaling: s, for c.
+        keep_v: Also return v, and write y elsewhere; only with a gain.
+
+    Returns:
+        y `[tokens, out]` in u's dtype, and v or None.
+    """
+    v = u.addmm_(h, b.t()) if h.dtype == u.dtype else torch.addmm(u.to(h.dtype), h, b.t())
+    if lora_bias is not None:
+        v.add_(lora_bias.detach() * scaling)
+    if gain is None:
+        return v.to(u.dtype), None
+    y = torch.empty_like(u) if keep_v else u
+    if bias is None:
+        torch.mul(v, gain, out=y)
+    else:
+        torch.addcmul(bias.detach().to(gain.dtype), v, gain, out=y)
+    return y, v if keep_v else None
+
+
+def scale_gradient(
+    dy: torch.Tensor,
+    *,
+    gain: torch.Tensor,
+    norm: torch.Tensor,
+    kept: torch.Tensor | None,
+    kept_is_v: bool,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """t = g∘dy and the magnitude's gradient dm = Σ_tokens dy∘v / norm.
+
+    Args:
+        dy: `[tokens, out]`.
+        gain, norm: `[out]`.
+        kept: v, or y = g∘v from which v is read back; None where dm is not wanted.
+        kept_is_v: Which of the two.
+        dtype: That of t; None where t is not wanted.
+
+    Returns:
+        t `[tokens, out]` and dm `[out]` in the norm's dtype; None for what is not wanted.
+    """
+    t = None
+    if dtype is not None:
+        t = torch.mul(dy, gain, out=torch.empty_like(dy, dtype=dtype))
+    if kept is None:
+        return t, None
+    total = torch.zeros_like(norm)
+    rows = max(1, CHUNK_BYTES // (3 * norm.itemsize * max(len(norm), 1)))
+    for start in range(0, len(dy), rows):
+        block = dy[start : start + rows].to(norm.dtype) * kept[start : start + rows]
+        total += block.sum(0)
+    divisor = norm if kept_is_v else norm * gain
+    zero = norm == 0
+    return t, torch.where(zero, 0.0, total / torch.where(zero, 1.0, divisor))
+
+
+def row_norm_of(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+    """`row_norm` of a dense W `[out, in]`."""
+    from .norm import row_norm_torch
+
+    return row_norm_torch(DenseWeight(W), A, B, scaling)
+
+
+class DenseWeight:
+    """A matrix `[out, in]` in the clothes of `peft.weights.BaseWeight`, as far as this package asks.
+
+    Args:
+        matrix: Of a floating dtype, in any layout.
+        bias: `[out]`, or None.
+    """
+
+    format = "plain"
+
+    def __init__(self, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.matrix = matrix.detach()
+        self.bias = bias
+        self.shape = tuple(matrix.shape)
+        self.dtype = matrix.dtype
+        self.device = matrix.device
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The matrix, a view where no conversion is needed."""
+        return self.matrix if dtype is None else self.matrix.to(dtype)
+
+    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows a to b, `[b - a, in]`."""
+        rows = self.matrix[a:b]
+        return rows if dtype is None else rows.to(dtype)
+
+    def packed(self) -> None:
+        """Nothing is packed here."""
+
+    def key(self) -> tuple:
+        """Identity of the stored bytes."""
+        return id(self.matrix), self.matrix.data_ptr(), self.matrix._version, self.matrix.dtype

@@ -1,0 +1,21 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""The Triton bodies. This package is the only importer of triton, and is itself imported by the first call that runs a
+kernel."""
+
+from .compose import compose, scale_gradient
+from .packed4 import dequantise_packed4
+from .packed8 import dequantise_packed8
+from .refresh import refresh
+from .row_norm import row_norm
+
+__all__ = ["compose", "dequantise", "refresh", "row_norm", "scale_gradient"]
+
+
+def dequantise(packed, dtype):
+    """The matrix `[out, in]` of packed bytes in `dtype`, in one launch.
+
+    Args:
+        packed: A `peft.weights.Packed`.
+        dtype: float32, float16 or bfloat16.
+    """
+    return (dequantise_packed8 if packed.kind == "int8" else dequantise_packed4)(packed, dtype)

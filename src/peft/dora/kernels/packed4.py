@@ -1,0 +1,117 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""NF4 and FP4 bytes (Dettmers et al., arXiv 2305.14314): read inside other kernels, and unpacked in one launch with the
+nested scales decoded on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..route import interpreting
+from .launch import Kernel
+from .tiles import ceil_div
+
+
+@triton.jit
+def load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_block, m_block, NESTED: tl.constexpr):
+    """Float32 scales of the blocks `o_block`; NESTED is the number of blocks that share an outer scale, or 0."""
+    b_absmax = tl.load(absmax_ptr + o_block, mask=m_block, other=0)
+    if NESTED:
+        b_value = tl.load(outer_code_ptr + b_absmax.to(tl.int32), mask=m_block, other=0.0)
+        b_outer = tl.load(outer_ptr + o_block // NESTED, mask=m_block, other=0.0)
+        b_absmax = b_value * b_outer + tl.load(offset_ptr)
+    return b_absmax
+
+
+@triton.jit
+def load_weight4(
+    data_ptr,
+    absmax_ptr,
+    code_ptr,
+    outer_ptr,
+    outer_code_ptr,
+    offset_ptr,
+    o_m,
+    k,
+    out_features,
+    in_features,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile W[o_m, k : k + BLOCK_K] in float32; EVEN says that in_features is, so that no byte spans two rows."""
+    if EVEN:
+        o_half = k // 2 + tl.arange(0, BLOCK_K // 2)
+        m_half = (o_m < out_features)[:, None] & (o_half < in_features // 2)[None, :]
+        o_byte = o_m[:, None] * (in_features // 2) + o_half[None, :]  # [BLOCK_M, BLOCK_K / 2]
+        b_byte = tl.load(data_ptr + o_byte, mask=m_half, other=0).to(tl.int32)
+        b_scale = load_scale4(
+            absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_half, NESTED
+        )
+        b_high = tl.load(code_ptr + (b_byte >> 4)) * b_scale
+        b_low = tl.load(code_ptr + (b_byte & 15)) * b_scale
+        return tl.interleave(b_high, b_low)
+    o_k = k + tl.arange(0, BLOCK_K)
+    m_w = (o_m < out_features)[:, None] & (o_k < in_features)[None, :]
+    o_w = o_m[:, None] * in_features + o_k[None, :]  # [BLOCK_M, BLOCK_K]
+    b_byte = tl.load(data_ptr + o_w // 2, mask=m_w, other=0).to(tl.int32)
+    b_nibble = (b_byte >> ((1 - o_w % 2) * 4).to(tl.int32)) & 15
+    b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_w // BLOCKSIZE, m_w, NESTED)
+    return tl.load(code_ptr + b_nibble) * b_scale
+
+
+@triton.jit
+def dequantise4_kernel(
+    data_ptr,
+    absmax_ptr,
+    code_ptr,
+    outer_ptr,
+    outer_code_ptr,
+    offset_ptr,
+    w_ptr,
+    elements,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    o_byte = i * BLOCK + tl.arange(0, BLOCK)
+    m_byte = o_byte * 2 < elements
+    b_byte = tl.load(data_ptr + o_byte, mask=m_byte, other=0).to(tl.int32)  # [BLOCK]
+    b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_byte, NESTED)
+    b_high = tl.load(code_ptr + (b_byte >> 4)) * b_scale
+    b_low = tl.load(code_ptr + (b_byte & 15)) * b_scale
+    b_w = tl.interleave(b_high.to(w_ptr.dtype.element_ty), b_low.to(w_ptr.dtype.element_ty))  # [2 * BLOCK]
+    o_w = i * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+    tl.store(w_ptr + o_w, b_w, mask=o_w < elements)
+
+
+_dequantise4 = Kernel(dequantise4_kernel)
+
+
+def packed4_args(packed: Any) -> tuple[tuple, tuple[int, int]]:
+    """The pointers (absmax, code, outer absmax, outer code, offset) and the constants (BLOCKSIZE, NESTED)."""
+    if packed.nested is None:
+        return (packed.absmax, packed.code, None, None, None), (packed.blocksize, 0)
+    outer, outer_code, nested, offset = packed.nested
+    return (packed.absmax, packed.code, outer, outer_code, offset), (packed.blocksize, nested)
+
+
+def dequantise_packed4(packed: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix `[out, in]` of NF4 or FP4 bytes: code times scale in float32, rounded once to `dtype`."""
+    w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
+    block = 16 if interpreting() else 1024
+    pointers, constants = packed4_args(packed)
+    _dequantise4(
+        (ceil_div(w.numel(), 2 * block), 1, 1),
+        (packed.data, *pointers, w, w.numel()),
+        (*constants, block),
+        num_warps=4,
+        # The nested scale is a product and a sum, each rounded, in bitsandbytes: fused it would round once.
+        enable_fp_fusion=False,
+    )
+    return w

@@ -1,0 +1,201 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""‖W + s·BA‖ by rows, from a plain or a packed W: the product is formed tile by tile and never leaves the registers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..norm import GAIN_FLOOR, row_norm_torch
+from .launch import Kernel
+from .packed4 import load_weight4, packed4_args
+from .packed8 import load_weight8
+from .tiles import ceil_div, rank_block
+from .tuning import NormTiles, choose
+
+PLAIN, FOUR_BIT, EIGHT_BIT = 0, 4, 8
+
+
+@triton.jit
+def sum_squares(
+    w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr, o_m, scaling,
+    out_features, in_features, stride_wm, stride_wk,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Σ_k (W + s·BA)[o_m, k]² in float32."""
+    m_m = o_m < out_features
+    o_r = tl.arange(0, BLOCK_R)
+    p_b = b_ptr + o_m[:, None] * RANK + o_r[None, :]
+    if RANK <= BLOCK_R:
+        b_b = tl.load(p_b, mask=m_m[:, None] & (o_r < RANK)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+    b_squares = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+    for k in range(0, in_features, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        m_k = o_k < in_features
+        p_a = a_ptr + o_k[None, :]
+        b_delta = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        if RANK <= BLOCK_R:
+            o_a = o_r[:, None].to(tl.int64) * in_features
+            b_a = tl.load(p_a + o_a, mask=(o_r < RANK)[:, None] & m_k[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
+            b_delta = tl.dot(b_b, b_a, b_delta, input_precision="ieee")
+        else:
+            for r in range(0, RANK, BLOCK_R):
+                m_r = r + o_r < RANK
+                o_a = (r + o_r)[:, None].to(tl.int64) * in_features
+                b_a = tl.load(p_a + o_a, mask=m_r[:, None] & m_k[None, :], other=0.0)
+                b_br = tl.load(p_b + r, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+                b_delta = tl.dot(b_br, b_a, b_delta, input_precision="ieee")
+        if FORMAT == 4:
+            b_w = load_weight4(
+                w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_m, k, out_features, in_features,
+                BLOCKSIZE, NESTED, EVEN, BLOCK_K,
+            )  # fmt: skip
+        elif FORMAT == 8:
+            b_w = load_weight8(w_ptr, scale_ptr, o_m, k, out_features, in_features, BLOCK_K)
+        else:
+            p_w = w_ptr + o_m[:, None] * stride_wm + o_k[None, :].to(tl.int64) * stride_wk
+            b_w = tl.load(p_w, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
+        b_sum = tl.where(m_k[None, :], b_w + scaling * b_delta, 0.0)  # [BLOCK_M, BLOCK_K]
+        b_squares += b_sum * b_sum
+    return tl.sum(b_squares, 1)
+
+
+@triton.jit(do_not_specialize=["epoch"])
+def row_norm_fwd_kernel(
+    w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr,
+    old_ptr, norm_ptr, magnitude_ptr, gain_ptr, changed_ptr, epoch, scaling, floor,
+    out_features, in_features, stride_wm, stride_wk,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < out_features
+    # The old norm stands unless the factors changed at this very pass.
+    b_norm = tl.zeros([BLOCK_M], dtype=tl.float32)
+    stale = True
+    if changed_ptr is not None:
+        stale = tl.load(changed_ptr) == epoch
+        b_norm = tl.load(old_ptr + o_m, mask=m_m, other=0.0)
+    if stale:
+        b_norm = tl.sqrt_rn(
+            sum_squares(
+                w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr, o_m, scaling,
+                out_features, in_features, stride_wm, stride_wk,
+                FORMAT, BLOCKSIZE, NESTED, EVEN, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
+            )
+        )  # fmt: skip
+    tl.store(norm_ptr + o_m, b_norm, mask=m_m)
+    if gain_ptr is not None:
+        b_m = tl.load(magnitude_ptr + o_m, mask=m_m, other=0.0).to(tl.float32)
+        b_gain = tl.where(b_norm == 0, 1.0, tl.div_rn(b_m, tl.where(b_norm == 0, 1.0, b_norm)))
+        b_gain = tl.where(tl.abs(b_gain) < floor, floor, b_gain)
+        tl.store(gain_ptr + o_m, b_gain, mask=m_m)
+
+
+_row_norm_fwd = Kernel(row_norm_fwd_kernel, free=(13,))
+
+
+class Source(NamedTuple):
+    """A weight as the kernel takes it.
+
+    Args:
+        pointers: Its data and what its scales need.
+        strides: Elements from row to row and from column to column; for plain weights.
+        constants: FORMAT, BLOCKSIZE, NESTED, EVEN.
+    """
+
+    pointers: tuple
+    strides: tuple[int, int]
+    constants: tuple[int, int, int, bool]
+
+
+def source_of(weight: Any, packed: Any) -> Source | None:
+    """How the kernel reads a weight; None where it cannot.
+
+    Args:
+        weight: A `peft.weights.BaseWeight`.
+        packed: What its `packed()` gave.
+    """
+    if packed is None:
+        if weight.format != "plain":
+            return None
+        matrix = weight.dense()
+        return Source((matrix, None, None, None, None, None), matrix.stride(), (PLAIN, 0, 0, False))
+    if packed.kind == "int8":
+        return Source((packed.data, packed.scb, None, None, None, None), (0, 0), (EIGHT_BIT, 0, 0, False))
+    scales, (blocksize, nested) = packed4_args(packed)
+    return Source((packed.data, *scales), (0, 0), (FOUR_BIT, blocksize, nested, packed.shape[1] % 2 == 0))
+
+
+def launch_row_norm(
+    source: Source,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    norm: torch.Tensor,
+    *,
+    old: torch.Tensor | None = None,
+    changed: torch.Tensor | None = None,
+    epoch: int = 0,
+    magnitude: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    floor: bool = False,
+) -> None:
+    """Write the norm, and the gain where a magnitude is given; where `changed` does not hold `epoch`, the old norm.
+
+    Args:
+        source: The weight.
+        a, b: `[r, in]` and `[out, r]`, contiguous, in one dtype.
+        scaling: s.
+        norm: `[out]` float32, written.
+        old: The norm that stands while nothing changed.
+        changed: int32, the last pass at which the factors changed; None to compute the norm in any case.
+        epoch: This pass.
+        magnitude: m `[out]`.
+        gain: `[out]` float32, written.
+        floor: Lift gains smaller than `GAIN_FLOOR` to it.
+    """
+    out_features, in_features = b.shape[0], a.shape[1]
+    rank = a.shape[0]
+    if not out_features:
+        return
+    block_r = rank_block(rank)
+
+    def run(tiles: NormTiles, changed: torch.Tensor | None = None) -> None:
+        _row_norm_fwd(
+            (ceil_div(out_features, tiles.block_m), 1, 1),
+            (
+                *source.pointers, a, b, old, norm, magnitude, gain, changed, epoch, float(scaling),
+                GAIN_FLOOR if floor else 0.0, out_features, in_features, *source.strides,
+            ),
+            (*source.constants, rank, tiles.block_m, tiles.block_k, block_r),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )  # fmt: skip
+
+    data = source.pointers[0]
+    kind = (a.device.index, data.dtype, a.dtype, source.constants, source.strides[0] == 1)
+    run(choose(kind, out_features, in_features, rank, a.element_size(), run), changed)
+
+
+def row_norm(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The Triton body of `peft.dora.row_norm`; a format that no kernel reads goes to PyTorch's.
+
+    Args:
+        weight: The base weight `[out, in]`.
+        a, b: `[r, in]` and `[out, r]` in one dtype.
+        scaling: s.
+
+    Returns:
+        `[out]` float32.
+    """
+    source = source_of(weight, weight.packed())
+    if source is None:
+        return row_norm_torch(weight, a, b, scaling)
+    norm = torch.empty(b.shape[0], dtype=torch.float32, device=a.device)
+    launch_row_norm(source, a.contiguous(), b.contiguous(), scaling, norm)
+    return norm

@@ -1,0 +1,38 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Tile sizes by formula. The interpreter gets small ones, so that a small case has edges and several programs."""
+
+from __future__ import annotations
+
+from ..route import interpreting
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def rank_block(rank: int, most: int = 64) -> int:
+    """Ranks a product takes at once; the tensor cores want 16 at least."""
+    return min(max(power_of_two(rank), 16), most)
+
+
+def compose_tiles(tokens: int, rank: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_R and the number of warps of the pass over the output."""
+    if interpreting():
+        return 16, 16, rank_block(rank, 16), 1
+    return (16 if tokens <= 16 else 64), 128, rank_block(rank), 4
+
+
+def gradient_tiles(tokens: int, out_features: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, the blocks of rows that a program goes through, and the number of warps."""
+    if interpreting():
+        return 8, 16, 2, 1
+    block_m, block_n = 16, 256
+    # Enough programs for every GPU of today, and few partial sums for each output feature.
+    programs = max(8, 1024 // max(ceil_div(out_features, block_n), 1))
+    return block_m, block_n, max(1, ceil_div(ceil_div(tokens, block_m), programs)), 4

@@ -1,0 +1,56 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""The bodies that the DoRA tests run on: PyTorch on the CPU and the GPU, the kernels on the GPU or in the interpreter."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from peft.dora.route import Route, interpreting, triton_is_installed
+
+
+class Body(NamedTuple):
+    """Where tensors go, what to pass as a route, and the dtypes in which it can be trusted."""
+
+    name: str
+    device: str
+    route: Route
+    dtypes: tuple[torch.dtype, ...]
+
+
+LOW = (torch.float16, torch.bfloat16)
+BODIES = {
+    "torch": Body("torch", "cpu", Route("torch", "test"), (torch.float64, torch.float32, *LOW)),
+    "torch_gpu": Body("torch_gpu", "cuda", Route("torch", "test"), (torch.float64, torch.float32, *LOW)),
+    "triton": Body("triton", "cuda", Route("triton", "test"), (torch.float32, *LOW)),
+    # The interpreter multiplies bfloat16 as the integers that hold it.
+    "interpreter": Body("interpreter", "cpu", Route("triton", "test"), (torch.float32, torch.float16)),
+}
+
+
+@pytest.fixture(
+    params=[
+        "torch",
+        pytest.param("torch_gpu", marks=pytest.mark.gpu),
+        pytest.param("triton", marks=pytest.mark.gpu),
+        "interpreter",
+    ]
+)
+def body(request):
+    chosen = BODIES[request.param]
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if chosen.name == "triton" and interpreting():
+        pytest.skip("TRITON_INTERPRET=1 runs on the CPU")
+    if chosen.name == "interpreter" and not (triton_is_installed() and interpreting()):
+        pytest.skip("runs with TRITON_INTERPRET=1, from test_interpreter.py")
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is full of NaN, so that what nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
