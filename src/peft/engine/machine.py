@@ -1,0 +1,244 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""What every adapted layer does, written once: forward, mixed batches, merging and its undoing."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peft.utils.warning import PeftWarning
+from peft.weights import find_weight
+
+from .layer import BaseTunerLayer, check_adapters_to_merge
+from .method import Folded, Method
+
+BASE_ADAPTER = "__base__"  # in a mixed batch: the rows that no adapter touches
+
+
+@dataclass
+class MergeJournal:
+    """What a merged layer keeps so that it can be undone.
+
+    Args:
+        steps: `(adapter, kept)` in the order in which the adapters went in.
+        snapshot: The stored bytes of a lossy weight from before the first one, else None.
+        bias: A copy of the bias from before the first adapter that changed it, else None.
+    """
+
+    steps: list[tuple[str, Any]] = field(default_factory=list)
+    snapshot: Any = None
+    bias: torch.Tensor | None = None
+
+
+class AdapterLayer(BaseTunerLayer):
+    """A layer whose adapters are described by a `Method`: it runs them, merges them and takes them out again."""
+
+    # ---- what a tuner's layer answers ----------------------------------------------------------------------------
+    @abstractmethod
+    def method(self, name: str) -> Method:
+        """The maths of one adapter of this layer."""
+
+    @abstractmethod
+    def has_adapter(self, name: str) -> bool:
+        """Whether this layer has parameters of the named adapter."""
+
+    def _adapter_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the arguments that belong to adapters out of a call's keyword arguments."""
+        return {}
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not args and not kwargs:
+            run = self.__dict__.get("_run")
+            if run is None:
+                run = self.__dict__["_run"] = self._plan_run()
+            return run(self, x)
+        return self._forward_general(x, *args, **kwargs)
+
+    def _plan_run(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+        """Choose how calls with nothing but `x` run until the adapters change again."""
+        if self.merged != self.disable_adapters:  # merged, or disabled with nothing to undo
+            return type(self)._forward_base
+        if not self.disable_adapters and not any(self.has_adapter(name) for name in self.active_adapters):
+            return type(self)._forward_base
+        return type(self)._forward_general
+
+    def _forward_base(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+    def _forward_general(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_kwargs = self._adapter_kwargs(kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **adapter_kwargs, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return y
+        dtype = y.dtype
+        for name in self.active_adapters:
+            if self.has_adapter(name):
+                y = self.method(name).apply(self, name, x, y, **adapter_kwargs)
+        return y.to(dtype)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """One batch whose rows use different adapters: `adapter_names[i]` for row `i`, `__base__` for none."""
+        adapter_kwargs = self._adapter_kwargs(kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name == BASE_ADAPTER or not self.has_adapter(name):
+                continue
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=y.device)
+            branch = self._pick_rows(adapter_kwargs, rows)
+            changed = self.method(name).apply(self, name, x[rows], y[rows], **branch)
+            y = y.index_copy(0, rows, changed.to(y.dtype))
+        return y
+
+    @staticmethod
+    def _pick_rows(adapter_kwargs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+        """Arguments given one a row, restricted to some rows."""
+        picked = rows.tolist()
+        return {
+            key: [value[i] for i in picked] if isinstance(value, list) else value
+            for key, value in adapter_kwargs.items()
+        }
+
+    def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: give one name a row, "
+                f"{BASE_ADAPTER!r} for rows without an adapter."
+            )
+        if self.merged:
+            raise ValueError(
+                "adapter_names cannot be used while adapters are merged into the base weight: "
+                "call model.unmerge_adapter() first."
+            )
+
+    # ---- merging -------------------------------------------------------------------------------------------------
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight, so that the base layer alone gives the adapted output.
+
+        Args:
+            safe_merge: Check the new weight for NaN and infinity before anything is changed.
+            adapter_names: Adapters to fold in, in this order; None for the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite.
+            RuntimeError: An adapter cannot be folded into this layer.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if not names:
+            return
+        self.check_mergeable(names)
+        journal = self.__dict__.get("_journal") or MergeJournal()
+        folded = self._read_base()
+        original = self._original_base(folded, journal).weight
+        kept = [(name, self.method(name).prepare_fold(self, name, original)) for name in names]
+        for name, state in kept:
+            folded = self.method(name).fold(self, name, folded, state)
+            if safe_merge and not _is_finite(folded):
+                raise ValueError(
+                    f"Merging adapter {name!r} gives weights that are not finite (NaN or infinity); the base weight "
+                    "was left as it is. The adapter's parameters are broken."
+                )
+        if not journal.steps:
+            weight = find_weight(self.get_base_layer())
+            journal.snapshot = weight.snapshot() if weight.lossy else None
+        self._write_base(folded, journal)
+        journal.steps += kept
+        self.__dict__["_journal"] = journal
+        self.merged_adapters = [*self.merged_adapters, *names]
+        self._replan()
+
+    def check_mergeable(self, names: list[str]) -> None:
+        """Raise the error that merging the named adapters would raise, before anything is changed.
+
+        Raises:
+            RuntimeError: An adapter cannot be folded into this layer.
+        """
+        for name in names:
+            why_not = self.method(name).why_not_foldable(self, name) if self.has_adapter(name) else None
+            if why_not is not None:
+                raise RuntimeError(f"Adapter {name!r} cannot be merged into {type(self).__name__}: {why_not}")
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out of the base weight again, the last one first.
+
+        A quantised weight gets the very bytes back that it had; a plain one is computed back.
+        """
+        journal = self.__dict__.get("_journal")
+        if journal is None or not journal.steps:
+            warnings.warn("No adapter is merged here, nothing to undo.", PeftWarning, stacklevel=2)
+            return
+        self._restore_base(journal)
+        self.__dict__["_journal"] = None
+        self.merged_adapters = []
+        self._replan()
+
+    def _original_base(self, folded: Folded, journal: MergeJournal) -> Folded:
+        """The base weight and bias as they were before the adapters of the journal went in."""
+        if journal.steps and journal.snapshot is not None:
+            weight = find_weight(self.get_base_layer())
+            merged = weight.snapshot()
+            weight.restore(journal.snapshot)
+            original = self._read_base()
+            weight.restore(merged)
+            return original
+        for name, state in reversed(journal.steps):
+            folded = self.method(name).unfold(self, name, folded, state)
+        return folded
+
+    def _read_base(self) -> Folded:
+        """The base weight, in its own orientation, and bias, in a dtype that additions can be done in."""
+        base_layer = self.get_base_layer()
+        weight = find_weight(base_layer)
+        data = weight.dense() if weight.lossy else base_layer.weight.data
+        bias = getattr(base_layer, "bias", None)
+        wide = torch.float64 if data.dtype == torch.float64 else torch.float32
+        return Folded(data.to(wide), None if bias is None else bias.data.to(wide))
+
+    def _write_base(self, folded: Folded, journal: MergeJournal) -> None:
+        base_layer = self.get_base_layer()
+        weight = find_weight(base_layer)
+        if weight.lossy:
+            weight.write(folded.weight)
+        else:
+            assign(base_layer.weight, folded.weight)
+        if folded.bias is not None:
+            if journal.bias is None:
+                journal.bias = base_layer.bias.data.clone()
+            assign(base_layer.bias, folded.bias)
+
+    def _restore_base(self, journal: MergeJournal) -> None:
+        base_layer = self.get_base_layer()
+        if journal.snapshot is not None:
+            find_weight(base_layer).restore(journal.snapshot)
+        else:
+            assign(base_layer.weight, self._original_base(self._read_base(), journal).weight)
+        if journal.bias is not None:
+            assign(base_layer.bias, journal.bias)
+
+
+def _is_finite(folded: Folded) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in folded if tensor is not None)
+
+
+def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Overwrite a parameter so that torch counts it: a cached norm tells by the version that its weight changed."""
+    with torch.no_grad():
+        parameter.copy_(value)

@@ -1,0 +1,280 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""An adapter's tensors out of a model and into it, under the names that files use: written once for all tuners."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import namedtuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper, check_file_exists_on_hf_hub
+from peft.utils.warning import PeftWarning
+
+from .layer import BaseTunerLayer
+from .targets import check_target_module_exists
+
+if TYPE_CHECKING:
+    from peft.config import PeftConfig
+
+    from .tuner import BaseTuner
+
+IncompatibleKeys = namedtuple("_IncompatibleKeys", ["missing_keys", "unexpected_keys"])
+_BASE = ".base_layer."
+
+
+# ---- out of a model ------------------------------------------------------------------------------------------------
+def adapter_state_dict(
+    model: nn.Module,
+    tuner: type[BaseTuner],
+    config: PeftConfig,
+    adapter_name: str,
+    state_dict: dict[str, torch.Tensor],
+    save_embedding_layers: str | bool,
+) -> dict[str, torch.Tensor]:
+    """The tensors to save for one adapter, under the names that a file gives them.
+
+    Args:
+        model: Model that carries the adapter.
+        tuner: Class of the adapter's method.
+        config: The adapter's config.
+        adapter_name: Its name.
+        state_dict: The model's state, the model's own or one that was gathered from its shards.
+        save_embedding_layers: Whether base embeddings are saved too: "auto" where they are adapted or were resized.
+    """
+    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    found = tuner._get_adapter_state_dict(model, config, adapter_name, state_dict, others)
+    found = {tuner._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
+    found.update(_biases(model, config, state_dict, tuner.prefix))
+    for name, wrapper in _wrappers(model):
+        prefix = f"{name}."
+        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if adapter_name in wrapper._get_available_adapters():
+            found.update({prefix + key: value for key, value in wrapper.adapter_state_dict(adapter_name, own).items()})
+    for name in _embeddings_to_save(model, config, save_embedding_layers):
+        for key, value in state_dict.items():
+            if key.startswith(f"{name}.") and f".{tuner.prefix}" not in key:
+                found[key] = value
+    return found
+
+
+def _wrappers(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield name, module
+
+
+def _biases(
+    model: nn.Module, config: PeftConfig, state_dict: dict[str, torch.Tensor], prefix: str
+) -> dict[str, torch.Tensor]:
+    """The base biases that the adapter trained, named as in a model that carries this adapter alone."""
+    kind = getattr(config, "bias", "none")
+    if kind == "none":
+        return {}
+    adapted = _adapted_names(model, config)
+    found = {}
+    for key, value in state_dict.items():
+        if not key.endswith("bias") or f".{prefix}" in key or ".modules_to_save." in key:
+            continue
+        plain = key.replace(_BASE, ".")
+        owner = plain.rpartition(".")[0]
+        if kind == "all" or owner in adapted:
+            found[f"{owner}{_BASE}{plain.rpartition('.')[2]}" if owner in adapted else plain] = value
+    return found
+
+
+def _adapted_names(model: nn.Module, config: PeftConfig) -> set[str]:
+    """Names, in `model`, of the modules that a config targets."""
+    prefix = _base_prefix(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and check_target_module_exists(config, name.removeprefix(prefix))
+    }
+
+
+def _base_prefix(model: nn.Module) -> str:
+    """What the names of the base model's modules start with inside `model`."""
+    return "base_model.model." if hasattr(model, "base_model") and hasattr(model, "active_adapters") else ""
+
+
+def embedding_layer_name(model: nn.Module, layer: nn.Module, is_adapted: bool) -> str | None:
+    """The name of an embedding, or of the layer that an adapter wrapped around, in `model`; None where it is neither."""
+    for name, module in model.named_modules():
+        if (not is_adapted and module is layer) or module is getattr(layer, "base_layer", None):
+            return name
+    return None
+
+
+def _embeddings_to_save(model: nn.Module, config: PeftConfig, wanted: str | bool) -> Iterator[str]:
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str):
+        adapted = any(name in targets for name in EMBEDDING_LAYER_NAMES)
+    else:
+        adapted = any(target.split(".")[-1] in EMBEDDING_LAYER_NAMES for target in targets or ())
+    if wanted == "auto":
+        if adapted:
+            warnings.warn(
+                "save_embedding_layers='auto': target_modules covers an embedding, so the base embedding is saved with "
+                "the adapter; pass save_embedding_layers=False to leave it out.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        wanted = adapted or _was_resized(model, config)
+    if not wanted or not hasattr(model, "get_input_embeddings"):
+        return
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None and (not adapted or hasattr(layer, "base_layer")):
+            name = embedding_layer_name(model, layer, adapted)
+            if name:
+                yield name
+
+
+def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
+    """Whether the vocabulary differs from that of the base model as it is published."""
+    model_id = getattr(config, "base_model_name_or_path", None)
+    own = getattr(model, "config", None)
+    size = getattr(own, "vocab_size", None)
+    if not model_id or size is None:
+        return False
+    if not os.path.exists(os.path.join(model_id, "config.json")) and not check_file_exists_on_hf_hub(
+        model_id, "config.json"
+    ):
+        return False
+    published = type(own).from_pretrained(model_id).vocab_size
+    if published == size:
+        return False
+    warnings.warn(
+        f"The vocabulary was resized from {published} to {size}: the embeddings are saved with the adapter; pass "
+        "save_embedding_layers=False to leave them out.",
+        PeftWarning,
+        stacklevel=5,
+    )
+    return True
+
+
+# ---- into a model --------------------------------------------------------------------------------------------------
+def load_adapter_state_dict(
+    model: nn.Module,
+    tuner: type[BaseTuner],
+    config: PeftConfig,
+    adapter_name: str,
+    saved: dict[str, torch.Tensor],
+    ignore_mismatched_sizes: bool,
+    low_cpu_mem_usage: bool,
+) -> IncompatibleKeys:
+    """Put a saved adapter into a model; everything is checked before the first tensor is copied.
+
+    Args:
+        model: Model that carries the adapter.
+        tuner: Class of the adapter's method.
+        config: The adapter's config.
+        adapter_name: Its name in the model.
+        saved: Tensors under the names that a file gives them.
+        ignore_mismatched_sizes: Leave tensors of another shape out, with a warning.
+        low_cpu_mem_usage: Put the tensors themselves into the model in place of copying, as its own are on meta.
+
+    Returns:
+        The adapter's keys that `saved` lacks, and those of `saved` that the model has no place for.
+
+    Raises:
+        RuntimeError: A tensor has another shape or kind of dtype than the model's.
+    """
+    live = _live_names(model, tuner, config, adapter_name, saved)
+    current = model.state_dict()
+    mismatched = [key for key, value in live.items() if key in current and current[key].shape != value.shape]
+    if mismatched and not ignore_mismatched_sizes:
+        raise RuntimeError(
+            "Shapes of the saved adapter differ from the model's:\n"
+            + "\n".join(f"  {key}: saved {list(live[key].shape)}, here {list(current[key].shape)}" for key in mismatched)
+            + "\nLoad it with the config and the base model that it was made for, or pass ignore_mismatched_sizes=True "
+            "to leave these tensors out."
+        )
+    _check_dtypes(live, current)
+    for key in mismatched:
+        warnings.warn(
+            f"{key} has shape {list(live[key].shape)} in the file and {list(current[key].shape)} here: left out.",
+            PeftWarning,
+            stacklevel=3,
+        )
+        del live[key]
+    result = model.load_state_dict(live, strict=False, assign=low_cpu_mem_usage)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            if low_cpu_mem_usage and adapter_name in module._get_available_adapters():
+                module._move_adapter_to_device_of_base_layer(adapter_name)
+            module._replan()
+    own = set(_own_keys(model, tuner, config, adapter_name, current))
+    return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)
+
+
+def _check_dtypes(live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> None:
+    for key, value in live.items():
+        if key in current and value.is_floating_point() != current[key].is_floating_point():
+            raise RuntimeError(
+                f"{key} is {value.dtype} in the file and {current[key].dtype} here: the file is not this adapter's, or "
+                "was converted; save it again in a floating dtype."
+            )
+
+
+def _own_keys(
+    model: nn.Module, tuner: type[BaseTuner], config: PeftConfig, adapter_name: str, current: dict[str, Any]
+) -> Iterator[str]:
+    """Names in memory of everything that belongs to the adapter."""
+    yield from tuner._get_adapter_state_dict(model, config, adapter_name, current, [])
+    for name, wrapper in _wrappers(model):
+        if adapter_name in wrapper._get_available_adapters():
+            yield from (f"{name}.{key}" for key in wrapper.adapter_state_dict_load_map(adapter_name).values())
+
+
+def _live_names(
+    model: nn.Module, tuner: type[BaseTuner], config: PeftConfig, adapter_name: str, saved: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Saved tensors under the names that they have in memory."""
+    renamed = dict(saved)
+    for name, wrapper in _wrappers(model):
+        if adapter_name not in wrapper._get_available_adapters():
+            continue
+        for in_file, in_memory in wrapper.adapter_state_dict_load_map(adapter_name).items():
+            key = f"{name}.{in_file}"
+            if key in renamed:
+                renamed[f"{name}.{in_memory}"] = renamed.pop(key)
+    marker = f".{tuner.prefix}"
+    adapters = {key: value for key, value in renamed.items() if marker in key}
+    others = {key: value for key, value in renamed.items() if marker not in key}
+    live = tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, adapters)
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    live.update({_base_key(key, wrapped): value for key, value in others.items()})
+    return live
+
+
+def _base_key(key: str, wrapped: set[str]) -> str:
+    """A base parameter's name, with or without `base_layer` as the model has it now."""
+    plain = key.replace(_BASE, ".")
+    owner, _, leaf = plain.rpartition(".")
+    return f"{owner}{_BASE}{leaf}" if owner in wrapped else plain
+
+
+# ---- the base model alone ------------------------------------------------------------------------------------------
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+
+
+def base_names(model: nn.Module) -> dict[str, str]:
+    """Names of the base model's own tensors: what they are called inside `model`, and what in the base model alone."""
+    slots: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            slots.update(f"{name}.{slot}." for slot in module.adapter_layer_names)
+            slots.update(f"{name}.{slot}." for slot in module.other_param_names)
+    prefix = _base_prefix(model)
+    names = {}
+    for key in model.state_dict():
+        if not any(key.startswith(slot) for slot in slots):
+            plain = key.removeprefix(prefix)
+            names[key] = ".".join(part for part in plain.split(".") if part not in _WRAPPERS)
+    return names
