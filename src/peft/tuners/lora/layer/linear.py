@@ -1,0 +1,182 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""LoRA on layers that multiply by a matrix: `nn.Linear`, transformers' `Conv1D` and their quantised forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peft import dora
+from peft.utils.other import transpose
+from peft.weights import BaseWeight, find_weight
+
+from ..inits import STARTS
+from ..variants.dora import DoraLinearVariant
+from ..variants.mica import MiCALinearVariant
+from .base import LoraLayer
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+    from .variant import LoraVariant
+
+
+@dataclass
+class FusedPlan:
+    """All that a fused forward pass needs and that stays the same until the adapters change.
+
+    Args:
+        name: The one active adapter.
+        weight: The base weight.
+        lora_a, lora_b: The modules that hold A and B, to notice when somebody replaces them.
+        cache: The norm's cache, None for plain LoRA.
+        route: Which body runs.
+    """
+
+    name: str
+    weight: BaseWeight
+    lora_a: nn.Linear
+    lora_b: nn.Linear
+    cache: dora.NormCache | None
+    route: dora.Route
+
+
+class LoraLinearBase(LoraLayer, nn.Module):
+    """What `lora.Linear` and its quantised siblings share.
+
+    With one active adapter, no hooks in the way and a weight that can be read, the base product, the branch, the gain
+    and the bias are one autograd Function (`peft.dora.linear`); otherwise the base layer runs as it is and the
+    adapters go on top of its output.
+
+    Args:
+        base_layer: The layer to adapt.
+        adapter_name: Name of the first adapter.
+        config: Its settings.
+        r: Its rank.
+        lora_alpha: Numerator of its scaling.
+        is_target_conv_1d_layer: Whether the base layer is transformers' `Conv1D`, which stores its weight transposed.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        is_target_conv_1d_layer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = self._stored_transposed(config)
+        self.weight_axis = 1 if self.fan_in_fan_out else 0
+        self.is_target_conv_1d_layer = is_target_conv_1d_layer
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    known_starts = STARTS
+
+    def _stored_transposed(self, config: LoraConfig) -> bool:
+        return config.fan_in_fan_out
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        return {
+            (): None,
+            ("use_dora",): DoraLinearVariant,
+            ("mica",): MiCALinearVariant,
+        }
+
+    def _create_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`scaling · B A` in the base layer's own orientation: `[out, in]`, or `[in, out]` with fan_in_fan_out."""
+        a, b = self.factors(adapter)
+        dtype = b.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            a, b = a.float(), b.float()
+        return (transpose(b @ a, self.fan_in_fan_out) * self.scaling[adapter]).to(dtype)
+
+    def low_rank_delta(self, name: str) -> torch.Tensor:
+        a, b = (factor.double() if factor.dtype == torch.float64 else factor.float() for factor in self.factors(name))
+        return transpose(b @ a, self.fan_in_fan_out) * self.scaling[name]
+
+    # ---- the fused path --------------------------------------------------------------------------------------------
+    def _plan_run(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+        run = super()._plan_run()
+        if run is not LoraLinearBase._forward_general:
+            return run
+        self.__dict__["_fused"] = self._plan_fused()
+        return run if self.__dict__["_fused"] is None else LoraLinearBase._forward_fused
+
+    def _plan_fused(self) -> FusedPlan | None:
+        """The plan for one active adapter whose arithmetic is all known; None where the modules must be called."""
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if self.has_adapter(name)]
+        if len(names) != 1:
+            return None
+        name = names[0]
+        lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+        variant = self.lora_variant.get(name)
+        plain_factors = type(lora_a) is nn.Linear and type(lora_b) is nn.Linear
+        if not plain_factors or type(variant) not in (type(None), DoraLinearVariant, MiCALinearVariant):
+            return None
+        weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
+        if not weight.direct() or self.base_layer.weight.requires_grad:
+            return None
+        cache = self.norm_cache(name) if type(variant) is DoraLinearVariant else None
+        return FusedPlan(name, weight, lora_a, lora_b, cache, self.dora_route(name))
+
+    def _forward_fused(self, x: torch.Tensor) -> torch.Tensor:
+        plan: FusedPlan = self.__dict__["_fused"]
+        modules = self._modules
+        name = plan.name
+        dropout = modules["lora_dropout"]._modules[name]
+        lora_a, lora_b = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+        if (
+            lora_a is not plan.lora_a
+            or lora_b is not plan.lora_b
+            or type(x) is not torch.Tensor
+            or _is_hooked(modules["base_layer"])
+            or _is_hooked(lora_a)
+            or _is_hooked(lora_b)
+            or plan.weight.compute_dtype not in (None, x.dtype)
+        ):
+            return self._forward_general(x)
+        if type(dropout) is not nn.Identity and dropout.training and dropout.p > 0.0:
+            return self._forward_general(x)
+        magnitude = modules["lora_magnitude_vector"]._modules.get(name)
+        return dora.linear(
+            x,
+            plan.weight,
+            lora_a.weight,
+            lora_b.weight,
+            scaling=self.scaling[name],
+            magnitude=None if magnitude is None else magnitude.weight,
+            lora_bias=lora_b.bias,
+            cache=plan.cache,
+            route=plan.route,
+        )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward: hooks, or a forward set on the instance."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+class Linear(LoraLinearBase):
+    """LoRA on `nn.Linear` and transformers' `Conv1D`."""

@@ -1,0 +1,146 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""The LoRA tuner: which layer goes around which module, and how its parameters are called in a file."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from peft.engine.layer import BaseTunerLayer
+from peft.engine.tuner import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
+
+from . import bnb, layer
+from .config import LoraConfig
+
+_MAGNITUDE = "lora_magnitude_vector"
+# Options of LoraConfig whose methods are not in this package yet, with the value that leaves them off.
+_NOT_AVAILABLE = (
+    "target_parameters",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "velora_config",
+    "kasa_config",
+    "use_bdlora",
+    "arrow_config",
+)
+
+
+class LoraModel(BaseTuner):
+    """Keeps LoRA adapters (Hu et al., arXiv 2106.09685), DoRA among them, in the layers of a base model.
+
+    Args:
+        model: Base model, changed in place.
+        peft_config: A `LoraConfig`, or a dict of them by adapter name.
+        adapter_name: Name of the adapter to create.
+        low_cpu_mem_usage: Create its parameters on the meta device, to be filled by loading.
+        state_dict: A saved adapter whose modules are to be adapted.
+
+    Raises:
+        ValueError: The config asks for something that a layer or this package cannot do.
+
+    Example:
+        >>> from torch import nn
+        >>> from peft import LoraConfig, LoraModel
+        >>> tuned = LoraModel(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]), "default")
+        >>> tuned.targeted_module_names
+        ['0']
+    """
+
+    prefix = "lora_"
+    tuner_layer_cls = layer.LoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for option in _NOT_AVAILABLE:
+            if getattr(config, option, None):
+                raise ValueError(
+                    f"{option}={getattr(config, option)!r}: this option of LoraConfig is not available in this "
+                    "version; leave it out."
+                )
+
+    # ---- layers ----------------------------------------------------------------------------------------------------
+    def _create_and_replace(
+        self,
+        lora_config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("current_key must be the module's dotted name, got None.")
+        rank_key = get_pattern_key(lora_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(lora_config.alpha_pattern.keys(), current_key)
+        kwargs = {
+            "r": lora_config.rank_pattern.get(rank_key, lora_config.r),
+            "lora_alpha": lora_config.alpha_pattern.get(alpha_key, lora_config.lora_alpha),
+        }
+        if isinstance(target, layer.LoraLayer):
+            target.update_layer(adapter_name, config=lora_config, **kwargs)
+            return
+        kwargs |= {
+            "loaded_in_8bit": getattr(self.model, "is_loaded_in_8bit", False),
+            "loaded_in_4bit": getattr(self.model, "is_loaded_in_4bit", False),
+            "ephemeral_gpu_offload": lora_config.runtime_config.ephemeral_gpu_offload,
+            "target_name": current_key,
+            "parameter_name": parameter_name,
+            **get_quantization_kwargs(self.model),
+        }
+        new_module = self._create_new_module(lora_config, adapter_name, target, **kwargs)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)  # an added adapter is not trained before it is activated
+        self._replace_module(parent, target_name, new_module, target)
+
+    @staticmethod
+    def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        """The LoRA layer for a module.
+
+        Raises:
+            ValueError: No LoRA layer goes around this kind of module.
+        """
+        # looked up in their modules at each call: other packages replace them there
+        dispatchers = [bnb.dispatch_bnb_8bit, bnb.dispatch_bnb_4bit, layer.dispatch_default]
+        if lora_config._custom_modules:
+            dispatchers.insert(0, _dispatch_custom)
+        for dispatch in dispatchers:
+            new_module = dispatch(target, adapter_name, config=lora_config, **kwargs)
+            if new_module is not None:
+                return new_module
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        raise ValueError(
+            f"{kwargs.get('target_name', 'The target')} is a {type(base).__name__}, which LoRA cannot adapt. It adapts "
+            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers' Conv1D and bitsandbytes' 4-bit and "
+            "8-bit linear layers: name such modules in target_modules."
+        )
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key
+
+    @classmethod
+    def _insert_adapter_name(cls, key: str, adapter_name: str) -> str:
+        key = re.sub(rf"{_MAGNITUDE}\.weight$", _MAGNITUDE, key)
+        key = super()._insert_adapter_name(key, adapter_name)
+        return f"{key}.weight" if key.endswith(f"{_MAGNITUDE}.{adapter_name}") else key
+
+
+def _dispatch_custom(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+    """A layer class that the user registered in the config for this class of module."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    for module_class, layer_class in config._custom_modules.items():
+        if isinstance(base, module_class):
+            return layer_class(target, adapter_name, config=config, **kwargs)
+    return None
