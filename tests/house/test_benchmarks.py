@@ -1,0 +1,193 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""The benchmark harness: its registry, its processes, and above all that it refuses what may not be quoted."""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A function that imports a module of the benchmarks by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("registry", "rows", "verify", "run", "table", "plot", "measure")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def row():
+    return {
+        "case": "c1",
+        "implementation": "dora-triton",
+        "round": 0,
+        "run": "2026-01-01T00:00:00Z",
+        "commit": "0123456789ab",
+        "source": "feedfacefeedface",
+        "tests": {"exit": 0, "passed": 9, "failed": 0, "source": "feedfacefeedface", "gpu": "Some GPU"},
+        "device": "Some GPU",
+        "versions": {"torch": "2", "triton": "3", "transformers": "5", "peft": "0.21.2+triton.1"},
+        "prediction_ms": 90.0,
+        "p20_ms": 99.0,
+        "p50_ms": 100.0,
+        "p80_ms": 101.0,
+        "times_ms": [99.0, 100.0, 101.0],
+        "peak_mib": 5000.0,
+        "losses": [10.4, 10.3],
+    }
+
+
+def test_a_sound_row_may_be_quoted(bench, row):
+    assert bench("verify").faults(row, [row]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"tests": None}, "no tests ran"),
+        (
+            {"tests": {"exit": 1, "passed": 8, "failed": 1, "source": "feedfacefeedface", "gpu": "Some GPU"}},
+            "not green",
+        ),
+        (
+            {"tests": {"exit": 0, "passed": 0, "failed": 0, "source": "feedfacefeedface", "gpu": "Some GPU"}},
+            "not green",
+        ),
+        ({"tests": {"exit": 0, "passed": 9, "failed": 0, "source": "0" * 16, "gpu": "Some GPU"}}, "other sources"),
+        (
+            {"tests": {"exit": 0, "passed": 9, "failed": 0, "source": "feedfacefeedface", "gpu": None}},
+            "ran on the CPU",
+        ),
+        ({"p50_ms": 98.0}, "p20 <= p50"),
+        ({"p50_ms": None}, "p50_ms is None"),
+        ({"peak_mib": "much"}, "peak_mib is 'much'"),
+        ({"losses": [10.4, float("nan")]}, "not finite"),
+        ({"case": "c99"}, "not in the registry"),
+        ({"implementation": "magic"}, "not in the registry"),
+    ],
+)
+def test_a_row_that_may_not_be_quoted_is_refused(bench, row, change, fault):
+    found = bench("verify").faults({**row, **change}, [row])
+    assert fault in "; ".join(found)
+
+
+def test_a_row_that_trained_otherwise_than_upstream_is_refused(bench, row):
+    upstream = {**row, "implementation": "upstream-dora", "tests": None}
+    assert bench("verify").faults(row, [row, upstream]) == []
+    astray = {**row, "losses": [10.4, 10.1]}
+    assert "differ from upstream-dora" in "; ".join(bench("verify").faults(astray, [astray, upstream]))
+    elsewhere = {**upstream, "run": "2026-01-02T00:00:00Z", "losses": [1.0, 1.0]}
+    assert bench("verify").faults(row, [row, elsewhere]) == []
+
+
+def test_goals_are_judged_within_a_run(bench, row):
+    registry, verify = bench("registry"), bench("verify")
+    goal = next(goal for goal in registry.GOALS if goal.case == "c1" and goal.implementation == "dora-triton")
+    lora = {**row, "implementation": "upstream-lora", "p50_ms": 150.0, "peak_mib": 5100.0}
+    assert verify.check_goal(goal, {"dora-triton": row}) is None
+    assert verify.check_goal(goal, {"dora-triton": row, "upstream-lora": lora})[0]
+    slow, large = {**row, "p50_ms": 120.0}, {**row, "peak_mib": 5200.0}
+    assert not verify.check_goal(goal, {"dora-triton": slow, "upstream-lora": lora})[0]
+    assert not verify.check_goal(goal, {"dora-triton": large, "upstream-lora": lora})[0]
+
+
+def test_rounds_are_joined_and_older_runs_left_out(bench, row):
+    rows = bench("rows")
+    old = {**row, "run": "2025-01-01T00:00:00Z", "p50_ms": 1.0}
+    rounds = [
+        {**row, "round": i, "p50_ms": time, "peak_mib": 5000.0 + i} for i, time in enumerate((103.0, 100.0, 900.0))
+    ]
+    joined = rows.latest_runs([old, *rounds])["c1"]["dora-triton"]
+    assert (joined["p50_ms"], joined["peak_mib"], joined["rounds"]) == (103.0, 5002.0, 3)
+
+
+def test_rows_survive_the_file_and_bad_lines_are_named(bench, row, tmp_path):
+    rows = bench("rows")
+    path = tmp_path / "some-gpu.jsonl"
+    rows.append(row, path)
+    rows.append(row, path)
+    assert rows.read(path) == [row, row]
+    path.write_text(path.read_text("utf-8") + "{half a li", encoding="utf-8")
+    with pytest.raises(ValueError, match="line 3"):
+        rows.read(path)
+
+
+def test_registry_is_sound(bench):
+    registry = bench("registry")
+    assert {"c1", "c2", "c3", "c4", "c5", "m1", "70b"} <= set(registry.CASES)
+    for case in registry.CASES.values():
+        assert case.widths.hidden % case.widths.heads == 0
+        assert set(case.targets) <= set(case.widths.linears())
+        for name in registry.implementations_of(case):
+            prediction = registry.predict_ms(case, registry.IMPLEMENTATIONS[name])
+            assert prediction is None or prediction > 0
+    for goal in registry.GOALS:
+        named = {goal.implementation, goal.against} - {None}
+        assert named <= set(registry.implementations_of(registry.CASES[goal.case]))
+
+
+def test_predictions_grow_with_the_work(bench):
+    registry = bench("registry")
+    case = registry.CASES["c1"]
+    floor, lora, dora = (
+        registry.predict_ms(case, registry.IMPLEMENTATIONS[name]) for name in ("floor", "lora", "dora-triton")
+    )
+    assert floor < lora < dora
+    wide = registry.predict_ms(registry.CASES["c3"], registry.IMPLEMENTATIONS["dora-triton"])
+    assert dora < wide
+    longer = dataclasses.replace(case, seq=2 * case.seq)
+    assert registry.predict_ms(longer, registry.IMPLEMENTATIONS["floor"]) > 1.9 * floor
+
+
+def test_the_table_quotes_rows_and_invents_none(bench, row, tmp_path):
+    table, rows = bench("table"), bench("rows")
+    path = tmp_path / "some-gpu.jsonl"
+    rows.append({**row, "tests": None}, path)
+    assert table.table_of(path) is None
+    rows.append(row, path)
+    rows.append({**row, "implementation": "upstream-lora", "p50_ms": 125.0, "p80_ms": 126.0}, path)
+    text = table.table_of(path)
+    assert "100 / 5,000 (0.80×)" in text
+    assert "125 / 5,000" in text
+    page = f"head\n{table.BEGIN}\nold\n{table.END}\ntail\n"
+    assert table.with_results(page, "new") == f"head\n{table.BEGIN}\nnew\n{table.END}\ntail\n"
+    with pytest.raises(ValueError, match="expected the marks"):
+        table.with_results("no marks", "new")
+
+
+def test_the_plot_draws_what_may_be_quoted(bench, row, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot, rows = bench("plot"), bench("rows")
+    path = tmp_path / "some-gpu.jsonl"
+    rows.append({**row, "tests": None}, path)
+    assert plot.draw(path) is None
+    rows.append(row, path)
+    assert plot.draw(path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_measures_ours(bench):
+    run = bench("run")
+    row = run.measure("tiny-mlp", "dora", sys.executable, timeout=300)
+    assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    assert row["versions"]["peft"] == "0.21.2+triton.1"
+    assert row["losses"] == sorted(row["losses"], reverse=True), "the fixed batch is learnt step by step"
+
+
+def test_a_process_with_the_wrong_package_stops(bench):
+    measure, registry = bench("measure"), bench("registry")
+    import peft
+
+    ours = Path(peft.__file__).resolve().parents[1]
+    assert measure.versions_of(registry.IMPLEMENTATIONS["dora"], ours)["peft"] == peft.__version__
+    with pytest.raises(RuntimeError, match="wants the peft of upstream"):
+        measure.versions_of(registry.IMPLEMENTATIONS["upstream-lora"], ours)
+    with pytest.raises(RuntimeError, match="wants the peft of ours"):
+        measure.versions_of(registry.IMPLEMENTATIONS["lora"], BENCHMARKS)

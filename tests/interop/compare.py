@@ -1,0 +1,69 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Equality of what the two sides return: names and settings exactly, numbers to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+# Both sides round; each may stray by some units in the last place of the largest entry, more of them where a sum
+# of half-precision products is rounded on the way.
+ULPS = 16
+
+
+def assert_equal(ours: Any, theirs: Any, where: str = "", *, dtypes: bool = True, loose: torch.dtype | None = None) -> None:
+    """Compare nested dicts and lists of tensors and plain values.
+
+    Args:
+        ours, theirs: What is compared.
+        where: Named in the message.
+        dtypes: Whether tensors must have the same dtype.
+        loose: A dtype in which the numbers were rounded on the way, if it is coarser than their own.
+
+    Raises:
+        AssertionError: At the first difference.
+    """
+    if isinstance(theirs, dict):
+        assert isinstance(ours, dict), f"{where}: {type(ours).__name__}"
+        missing, more = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+        assert not missing and not more, f"{where}: without {missing}, and with {more} in addition"
+        for key, value in theirs.items():
+            assert_equal(ours[key], value, f"{where}/{key}", dtypes=dtypes, loose=loose)
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), f"{where}: {ours} is not {theirs}"
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(a, b, f"{where}/{i}", dtypes=dtypes, loose=loose)
+    elif isinstance(theirs, torch.Tensor):
+        _assert_close(ours, theirs, where, dtypes, loose)
+    else:
+        assert ours == theirs, f"{where}: {ours!r} is not {theirs!r}"
+
+
+def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, where: str, dtypes: bool, loose: torch.dtype | None) -> None:
+    assert ours.shape == theirs.shape, f"{where}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
+    assert not dtypes or ours.dtype == theirs.dtype, f"{where}: {ours.dtype} is not {theirs.dtype}"
+    if not theirs.is_floating_point():
+        assert torch.equal(ours, theirs), f"{where}: differs"
+        return
+    if not theirs.numel():
+        return
+    dtype = max((ours.dtype, theirs.dtype, loose or theirs.dtype), key=lambda d: torch.finfo(d).eps)
+    room = ULPS * torch.finfo(dtype).eps * theirs.double().abs().max().item() + torch.finfo(torch.float32).tiny
+    worst = (ours.double() - theirs.double()).abs().max().item()
+    assert worst <= room, f"{where}: differs by {worst:.3e}, allowed is {room:.3e}"
+
+
+def config_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of an adapter_config.json without the version that wrote it and the order of sets."""
+    facts = {key: value for key, value in config.items() if key != "peft_version"}
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(facts.get(key), list):
+            facts[key] = sorted(facts[key])
+    return facts
+
+
+def saved_facts(saved: dict[str, Any]) -> dict[str, Any]:
+    """What `recipes.saved_files` gives, ready to be compared."""
+    return {**saved, "configs": {name: config_facts(config) for name, config in saved["configs"].items()}}

@@ -1,0 +1,37 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""The process that runs in upstream's environment: reads the name of a recipe and its arguments, answers its result."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not end up among the answers
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+    import peft
+    import recipes
+    from peer import receive, send
+
+    warnings.simplefilter("ignore")
+    send(answers, {"version": peft.__version__, "location": peft.__file__})
+    while True:
+        try:
+            recipe, arguments = receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = {"value": recipes.run(recipe, **arguments)}
+        except Exception as error:  # every failure of a recipe is an answer to it
+            answer = {"raised": (type(error).__name__, str(error), traceback.format_exc())}
+        send(answers, answer)
+
+
+if __name__ == "__main__":
+    main()
