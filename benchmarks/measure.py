@@ -1,0 +1,258 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Measures one case with one implementation in this process and prints the row's measured part as one line of JSON.
+
+run.py starts it, with our sources or the upstream release first on the path. It imports `peft` only, never by place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from registry import CASES, IMPLEMENTATIONS, Case, Implementation
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+MARK = "ROW "
+SEED = 20260322
+LEARNING_RATE = 1e-4
+STORED = {"bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp32": torch.float32}
+
+
+def llama_config(case: Case) -> LlamaConfig:
+    widths = case.widths
+    return LlamaConfig(
+        vocab_size=widths.vocab,
+        hidden_size=widths.hidden,
+        intermediate_size=widths.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=widths.heads,
+        num_key_value_heads=widths.kv_heads,
+        max_position_embeddings=max(case.seq, 2048),
+        use_cache=False,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+
+
+def quantize_linear(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
+    """A bitsandbytes `Linear4bit` (NF4, nested scales, bf16 products) that stores `weight` `[out, in]`."""
+    import bitsandbytes as bnb
+
+    with torch.device("meta"):
+        packed = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+    parameter = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
+    )
+    packed.weight = parameter.to(weight.device)
+    return packed
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, case: Case) -> None:
+    """Gives the parameters of a model on the meta device seeded random values, made on the case's device, one by one.
+
+    No second copy of the model ever exists, so that 70B in NF4 needs no more memory than it keeps.
+    """
+    generator = torch.Generator(case.device).manual_seed(SEED)
+    dtype = STORED[case.base]
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, device=case.device, dtype=dtype)
+            if parameter.dim() == 1:
+                value.fill_(1.0)
+            else:
+                value.normal_(0.0, 0.02, generator=generator)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for name, child in list(module.named_children()):
+            if case.base == "nf4" and isinstance(child, nn.Linear) and name in case.targets:
+                weight = torch.empty(child.weight.shape, device=case.device, dtype=dtype)
+                setattr(module, name, quantize_linear(child, weight.normal_(0.0, 0.02, generator=generator)))
+
+
+def build_base(case: Case) -> nn.Module:
+    """The frozen base of `case` on its device."""
+    config = llama_config(case)
+    with torch.device("meta"):
+        model = LlamaMLP(config) if case.mlp else LlamaForCausalLM(config)
+    materialize(model, case)
+    if not case.mlp:
+        # Its buffers are computed, not stored, and so are none of materialize's business.
+        with torch.device(case.device):
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    if case.base == "nf4":
+        model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
+    if not case.mlp:
+        if case.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def add_adapter(model: nn.Module, case: Case, implementation: Implementation) -> nn.Module:
+    """Wraps `model` by whichever `peft` is imported; A gets seeded values, so that both packages train the same."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=case.rank, lora_alpha=2 * case.rank, target_modules=list(case.targets), **implementation.config
+    )
+    model = get_peft_model(model, config)
+    generator = torch.Generator(case.device).manual_seed(SEED + 1)
+    trained = sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    for name, parameter in trained:
+        if "lora_A" in name:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+    if implementation.cast_back:
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    return model
+
+
+def make_step(model: nn.Module, case: Case):
+    """A function that runs one optimizer step of `case` and returns its (mean) loss as a tensor on the device."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True) if trained else None
+    generator = torch.Generator(case.device).manual_seed(SEED + 2)
+    low = STORED[case.base] != torch.float32
+    if case.mlp:
+        shape = (case.batch, case.seq, case.widths.hidden)
+        values = torch.randn(2, *shape, device=case.device, generator=generator).to(STORED[case.base])
+        x, dy = values[0].clone().requires_grad_(), values[1].clone()
+    else:
+        shape = (case.accumulation, case.batch, case.seq)
+        ids = torch.randint(case.widths.vocab, shape, device=case.device, generator=generator)
+
+    def forward_backward(i: int) -> torch.Tensor:
+        with torch.autocast(case.device, torch.bfloat16) if low else nullcontext():
+            if case.mlp:
+                out = model(x)
+            else:
+                loss = model(input_ids=ids[i], labels=ids[i]).loss / case.accumulation
+        if case.mlp:
+            out.backward(dy.to(out.dtype))
+            x.grad = None
+            return (out.detach().float() * dy.float()).mean()
+        loss.backward()
+        return loss.detach()
+
+    def step() -> torch.Tensor:
+        total = sum(forward_backward(i) for i in range(case.accumulation))
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return step
+
+
+def allocated_mib(device: str) -> tuple[float, float]:
+    """Memory `(now, at its peak)` in MiB: PyTorch's allocator on a GPU, this process's resident memory on a CPU."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / 2**20, torch.cuda.max_memory_allocated() / 2**20
+    import psutil
+
+    now = psutil.Process().memory_info().rss / 2**20
+    if sys.platform == "win32":
+        return now, psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def timed_steps(step, case: Case) -> dict:
+    """Runs the case's steps; times in ms (`times_ms`), losses, and the memory peak over the timed steps."""
+    synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
+    start, _ = allocated_mib(case.device)
+    losses, times = [], []
+    for i in range(case.warm + case.steps):
+        if i == case.warm and case.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        begin = time.perf_counter()
+        loss = step()
+        synchronize()
+        if i >= case.warm:
+            times.append(1e3 * (time.perf_counter() - begin))
+        losses.append(loss.item())
+    _, peak = allocated_mib(case.device)
+    quantiles = torch.quantile(torch.tensor(times, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
+    p20, p50, p80 = (round(value, 3) for value in quantiles.tolist())
+    return {
+        "p20_ms": p20,
+        "p50_ms": p50,
+        "p80_ms": p80,
+        "times_ms": [round(value, 3) for value in times],
+        "peak_mib": round(peak - start if case.mlp else peak, 1),
+        "losses": [round(value, 6) for value in losses],
+    }
+
+
+def installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions_of(implementation: Implementation, source: Path) -> dict[str, str | None]:
+    """The versions that a row names; checks that `peft`, where it is used, is the package meant.
+
+    Raises:
+        RuntimeError: if ours was meant and another was imported, or the other way round.
+    """
+    versions = {name: installed(name) for name in ("torch", "triton", "transformers", "bitsandbytes")}
+    versions["python"] = platform.python_version()
+    if implementation.package is not None:
+        import peft
+
+        place = Path(peft.__file__).resolve()
+        if place.is_relative_to(source) != (implementation.package == "ours"):
+            raise RuntimeError(
+                f"{implementation.name} wants the peft of {implementation.package}, but `peft` is {place}"
+            )
+        versions["peft"] = peft.__version__
+    return versions
+
+
+def measure(case: Case, implementation: Implementation, source: Path) -> dict:
+    if case.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"case {case.name} needs a GPU, and torch sees none")
+    torch.manual_seed(SEED)
+    model = build_base(case)
+    if implementation.package is not None:
+        model = add_adapter(model, case, implementation)
+    row = timed_steps(make_step(model, case), case)
+    row["device"] = torch.cuda.get_device_name() if case.device == "cuda" else f"CPU ({platform.machine()})"
+    row["versions"] = versions_of(implementation, source)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("implementation", choices=IMPLEMENTATIONS)
+    parser.add_argument("--source", type=Path, required=True, help="the folder that holds our `peft`")
+    arguments = parser.parse_args()
+    row = measure(CASES[arguments.case], IMPLEMENTATIONS[arguments.implementation], arguments.source.resolve())
+    print(MARK + json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

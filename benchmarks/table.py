@@ -1,0 +1,114 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Writes the table of measured results into the pages that quote it; what has no row that may be quoted is not written.
+
+python table.py            # print it
+python table.py --write    # put it between the marks in README.md and docs/source/methods/dora_triton.md
+python table.py --check    # fail if a page says something else than the rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from registry import CASES, IMPLEMENTATIONS
+from rows import RESULTS, ROOT, files, latest_runs, read
+from verify import faults
+
+BEGIN, END = "<!-- results: begin (benchmarks/table.py) -->", "<!-- results: end -->"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "source" / "methods" / "dora_triton.md"]
+COLUMNS = {
+    "floor": "no adapter",
+    "upstream-lora": "upstream LoRA",
+    "upstream-dora": "upstream DoRA",
+    "upstream-dora-cast": "upstream DoRA, cast back",
+    "lora": "our LoRA",
+    "dora": "our DoRA, PyTorch",
+    "dora-triton": "**our DoRA, Triton**",
+}
+NOTHING = (
+    "No row of a GPU stands in the repository yet. `make bench` on a machine with one measures ours beside upstream, "
+    "stores the rows in `benchmarks/results/`, and fills this place."
+)
+
+
+def cell(run: dict[str, dict], name: str) -> str:
+    """`time / memory` of one implementation, with the ratio of its time to upstream LoRA's in the same run."""
+    if name not in run:
+        return ""
+    row = run[name]
+    milliseconds = f"{row['p50_ms']:,.0f}" if row["p50_ms"] >= 100 else f"{row['p50_ms']:.3g}"
+    text = f"{milliseconds} / {row['peak_mib']:,.0f}"
+    if "upstream-lora" in run and IMPLEMENTATIONS[name].package == "ours":
+        text += f" ({row['p50_ms'] / run['upstream-lora']['p50_ms']:.2f}×)"
+    return text
+
+
+def table_of(path: Path) -> str | None:
+    """The table of one file's rows; None if none of them may be quoted."""
+    rows = read(path)
+    runs = latest_runs([row for row in rows if not faults(row, rows)])
+    runs = {name: runs[name] for name in CASES if name in runs}
+    if not runs:
+        return None
+    columns = [name for name in COLUMNS if any(name in run for run in runs.values())]
+    last = next(reversed(runs.values()))
+    row = last.get("dora-triton") or next(iter(last.values()))
+    versions = row["versions"]
+    lines = [
+        f"{row['device']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
+        f"{versions['transformers']}; milliseconds an optimizer step (median) / peak MiB; in brackets the time as a "
+        "part of upstream LoRA's in the same run.",
+        "",
+        "| case | " + " | ".join(COLUMNS[name] for name in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for name, run in runs.items():
+        lines.append(f"| {name}: {CASES[name].what} | " + " | ".join(cell(run, column) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def results() -> str:
+    """The tables of every GPU that has rows, or the sentence that says how to get them."""
+    tables = [table_of(path) for path in files() if not path.name.startswith("cpu")]
+    return "\n\n".join(filter(None, tables)) or NOTHING
+
+
+def with_results(page: str, text: str) -> str:
+    """`page` with `text` between its marks.
+
+    Raises:
+        ValueError: if the marks are not there, once each and in order.
+    """
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or BEGIN in tail or END in head:
+        raise ValueError(f"expected the marks {BEGIN!r} and {END!r}, once each and in order")
+    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="rewrite the pages")
+    parser.add_argument("--check", action="store_true", help="fail if a page differs")
+    arguments = parser.parse_args()
+    text = results()
+    if not (arguments.write or arguments.check):
+        print(text)
+        return 0
+    stale = 0
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        new = with_results(page, text)
+        if new != page:
+            stale += 1
+            if arguments.write:
+                path.write_text(new, encoding="utf-8")
+            print(f"{'rewritten' if arguments.write else 'STALE'}: {path.relative_to(ROOT)}")
+    print(f"from {RESULTS.relative_to(ROOT)}: {len(files())} files of rows")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
