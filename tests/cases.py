@@ -81,6 +81,7 @@ class Layer:
         kind: `"linear"`, `"embedding"` or `"conv"`.
         groups: Of a convolution.
         dilated: Whether a convolution's kernel has gaps.
+        padding_mode: Of a convolution.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Layer:
     kind: str = "linear"
     groups: int = 1
     dilated: bool = False
+    padding_mode: str = "zeros"
 
     def model(self, form: Format, device: str = "cpu", seed: int = 0) -> Wrapped:
         """The layer in a model, with weights that depend on `seed` alone."""
@@ -147,6 +149,7 @@ def _conv(name: str, dims: int, size: int, in_channels: int = 4, out_channels: i
         kind="conv",
         groups=groups,
         dilated="dilation" in kwargs,
+        padding_mode=kwargs.get("padding_mode", "zeros"),
     )
 
 
@@ -276,6 +279,7 @@ class Fault:
 
 
 MERGES = ("merged", "safe_merged", "unmerged")
+UNMERGED = tuple(state for state in STATES if state not in ("merged", "safe_merged", "disabled"))
 UPSTREAM_FAULTS: tuple[Fault, ...] = (
     Fault("convolutions with groups refuse to merge", lambda row: row.layer.groups > 1, MERGES),
     Fault(
@@ -286,7 +290,12 @@ UPSTREAM_FAULTS: tuple[Fault, ...] = (
     Fault(
         "A of a convolution with dilation has none, so that the branch's output has another size",
         lambda row: row.layer.dilated,
-        tuple(state for state in STATES if state not in ("merged", "safe_merged", "disabled")),
+        UNMERGED,
+    ),
+    Fault(
+        "A of a convolution pads with zeros whatever the padding mode, so that merging changes the output",
+        lambda row: row.layer.padding_mode != "zeros",
+        UNMERGED,
     ),
     Fault(
         "DoRA with dropout on a convolution in half precision multiplies a float32 input by a half-precision weight",
@@ -297,6 +306,11 @@ UPSTREAM_FAULTS: tuple[Fault, ...] = (
         "DoRA on an int8 layer on the CPU survives one forward pass, and does not load from meta",
         lambda row: row.form.quant == "int8" and row.method.dora,
         ("eval", "two_adapters", "low_cpu_mem"),
+    ),
+    Fault(
+        "loading from meta rounds float32 adapters to the base's half precision",
+        lambda row: row.form.dtype != torch.float32 and row.form.quant != "int8",
+        ("low_cpu_mem",),
     ),
     Fault("unmerging a quantised layer does not give its bytes back", lambda row: row.form.quant is not None, ("unmerged",)),
 )

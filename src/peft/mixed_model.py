@@ -54,11 +54,18 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         self.modules_to_save: set[str] | None = None
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name)
         self.config = getattr(model, "config", DUMMY_MODEL_CONFIG)
-        self._finish_adapter(adapter_name, peft_config)
+        try:
+            self._finish_adapter(adapter_name, peft_config)
+        except Exception:
+            self.base_model.unload()
+            raise
 
-    def _finish_adapter(self, adapter_name: str, config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+    def _finish_adapter(
+        self, adapter_name: str, config: PeftConfig, autocast_adapter_dtype: bool = True, on_meta: bool = False
+    ) -> None:
         self.set_modules_to_save(config, adapter_name)
-        place_adapter(self.base_model, adapter_name)
+        if not on_meta:
+            place_adapter(self.base_model, adapter_name)
         self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     @property
@@ -119,10 +126,7 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-        if low_cpu_mem_usage:
-            self.set_modules_to_save(peft_config, adapter_name)
-        else:
-            self._finish_adapter(adapter_name, peft_config, autocast_adapter_dtype)
+            self._finish_adapter(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """Note the modules that a new adapter trains in full.

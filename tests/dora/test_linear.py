@@ -12,7 +12,6 @@ from peft import dora
 from peft.dora.eager import DenseWeight
 from peft.dora.norm import NormCache
 
-
 RANKS = (1, 3, 8, 12, 16, 64, 384)
 SMALL = dict(tokens=(2, 9), in_features=33, out_features=37)
 
@@ -45,7 +44,13 @@ def test_biases(body, dtype, bias, lora_bias, plain):
 def test_autocast(body, autocast, x_dtype, plain):
     dtypes(body, autocast)
     case = make_case(
-        **SMALL, rank=12, dtype=x_dtype, adapter_dtype=torch.float32, device=body.device, autocast=autocast, plain=plain
+        **SMALL,
+        rank=12,
+        dtype=x_dtype,
+        adapter_dtype=torch.float32,
+        device=body.device,
+        autocast=autocast,
+        plain=plain,
     )
     check(case, body.route)
 
@@ -67,7 +72,12 @@ def test_fan_in_fan_out(body):
 
 
 def test_input_that_is_not_contiguous(body):
-    for cut in (lambda x: x.transpose(0, 1), lambda x: x[..., ::2], lambda x: x[1:, :, 1:], lambda x: x.expand(7, *x.shape)):
+    for cut in (
+        lambda x: x.transpose(0, 1),
+        lambda x: x[..., ::2],
+        lambda x: x[1:, :, 1:],
+        lambda x: x.expand(7, *x.shape),
+    ):
         case = make_case(tokens=(4, 6), in_features=20, out_features=18, device=body.device)
         view = cut(torch.randn(4, 6, 41, device=body.device))
         case = make_case(tokens=view.shape[:-1], in_features=view.shape[-1], out_features=18, device=body.device)
@@ -250,7 +260,13 @@ def test_gradcheck():
     def function(x, magnitude, lora_bias, bias):
         # A and B are held: the norm is a constant for the gradient, but not for a finite difference.
         return dora.linear(
-            x, DenseWeight(case.W, bias), t["A"].detach(), t["B"].detach(), scaling=0.5, magnitude=magnitude, lora_bias=lora_bias
+            x,
+            DenseWeight(case.W, bias),
+            t["A"].detach(),
+            t["B"].detach(),
+            scaling=0.5,
+            magnitude=magnitude,
+            lora_bias=lora_bias,
         )
 
     assert torch.autograd.gradcheck(function, (t["x"], t["magnitude"], t["lora_bias"], t["bias"]))
@@ -290,4 +306,6 @@ def test_dtype_mismatch_is_refused_as_by_the_layer_itself(body):
     case = make_case(**SMALL, device=body.device)
     t = case.tensors
     with pytest.raises(RuntimeError, match="dtype"):
-        dora.linear(t["x"].half(), case.weight(), t["A"], t["B"], scaling=1.0, magnitude=t["magnitude"], route=body.route)
+        dora.linear(
+            t["x"].half(), case.weight(), t["A"], t["B"], scaling=1.0, magnitude=t["magnitude"], route=body.route
+        )

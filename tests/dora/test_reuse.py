@@ -36,7 +36,7 @@ class Layer:
         return self.cache.factors(self.weight, self.A, self.B, self.scaling, self.dtype, triton=triton)
 
     def norm(self):
-        return self.factors().norm
+        return self.factors().stats[0]
 
     def expected(self):
         A, B = self.A.detach().to(self.dtype), self.B.detach().to(self.dtype)

@@ -11,7 +11,6 @@ import torch
 from peft.dora import dora_linear_reference, gain, linear, row_norm
 from peft.dora.eager import DenseWeight
 
-
 NAMES = ("x", "A", "B", "magnitude", "lora_bias", "bias")
 
 

@@ -8,12 +8,20 @@ from typing import Any
 import torch
 
 
-# Both sides round; each may stray by some units in the last place of the largest entry, more of them where a sum
-# of half-precision products is rounded on the way.
-ULPS = 16
+ULPS = 16  # both sides round: what they may differ by on one layer, in units in the last place of the largest entry
+DEEP = 64  # the same after the layers of a whole model
 
 
-def assert_equal(ours: Any, theirs: Any, where: str = "", *, dtypes: bool = True, loose: torch.dtype | None = None) -> None:
+def assert_equal(
+    ours: Any,
+    theirs: Any,
+    where: str = "",
+    *,
+    dtypes: bool = True,
+    loose: torch.dtype | None = None,
+    scale: float = 0.0,
+    ulps: int = ULPS,
+) -> None:
     """Compare nested dicts and lists of tensors and plain values.
 
     Args:
@@ -21,6 +29,8 @@ def assert_equal(ours: Any, theirs: Any, where: str = "", *, dtypes: bool = True
         where: Named in the message.
         dtypes: Whether tensors must have the same dtype.
         loose: A dtype in which the numbers were rounded on the way, if it is coarser than their own.
+        scale: The size of what went into the numbers, where they are what remains after cancellation.
+        ulps: Units in the last place of the largest entry that numbers may differ by.
 
     Raises:
         AssertionError: At the first difference.
@@ -30,18 +40,26 @@ def assert_equal(ours: Any, theirs: Any, where: str = "", *, dtypes: bool = True
         missing, more = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
         assert not missing and not more, f"{where}: without {missing}, and with {more} in addition"
         for key, value in theirs.items():
-            assert_equal(ours[key], value, f"{where}/{key}", dtypes=dtypes, loose=loose)
+            assert_equal(ours[key], value, f"{where}/{key}", dtypes=dtypes, loose=loose, scale=scale, ulps=ulps)
     elif isinstance(theirs, list):
         assert len(ours) == len(theirs), f"{where}: {ours} is not {theirs}"
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_equal(a, b, f"{where}/{i}", dtypes=dtypes, loose=loose)
+            assert_equal(a, b, f"{where}/{i}", dtypes=dtypes, loose=loose, scale=scale, ulps=ulps)
     elif isinstance(theirs, torch.Tensor):
-        _assert_close(ours, theirs, where, dtypes, loose)
+        _assert_close(ours, theirs, where, dtypes, loose, scale, ulps)
     else:
         assert ours == theirs, f"{where}: {ours!r} is not {theirs!r}"
 
 
-def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, where: str, dtypes: bool, loose: torch.dtype | None) -> None:
+def _assert_close(
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    where: str,
+    dtypes: bool,
+    loose: torch.dtype | None,
+    scale: float,
+    ulps: int,
+) -> None:
     assert ours.shape == theirs.shape, f"{where}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
     assert not dtypes or ours.dtype == theirs.dtype, f"{where}: {ours.dtype} is not {theirs.dtype}"
     if not theirs.is_floating_point():
@@ -50,9 +68,17 @@ def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, where: str, dtypes: 
     if not theirs.numel():
         return
     dtype = max((ours.dtype, theirs.dtype, loose or theirs.dtype), key=lambda d: torch.finfo(d).eps)
-    room = ULPS * torch.finfo(dtype).eps * theirs.double().abs().max().item() + torch.finfo(torch.float32).tiny
+    room = ulps * torch.finfo(dtype).eps * max(theirs.double().abs().max().item(), scale)
     worst = (ours.double() - theirs.double()).abs().max().item()
     assert worst <= room, f"{where}: differs by {worst:.3e}, allowed is {room:.3e}"
+
+
+def assert_equal_grads(
+    ours: dict[str, Any], theirs: dict[str, Any], loose: torch.dtype | None = None, ulps: int = ULPS
+) -> None:
+    """Compare gradients by name: those of one pass share the scale of its largest, as small ones are what cancels."""
+    largest = max(grad.abs().max().item() for grad in theirs.values())
+    assert_equal(ours, theirs, "gradients", loose=loose, scale=largest / 16, ulps=ulps)
 
 
 def config_facts(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ def main() -> None:
 
     import peft
     import recipes
+
+    import faults  # noqa: F401  registers its recipes
     from peer import receive, send
 
     warnings.simplefilter("ignore")

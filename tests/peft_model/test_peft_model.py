@@ -188,13 +188,13 @@ def test_prompt_learning_is_refused_by_name():
         get_peft_model(llama(), config)
 
 
-def test_forward_of_the_base_model_runs_its_hooks():
-    for task_type in ("CAUSAL_LM", None):
-        model = adapted(task_type=task_type)
-        calls = []
-        model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
-        logits(model)
-        assert calls == [1]
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_forward_of_the_base_model_runs_its_hooks(task_type):
+    model = adapted(task_type=task_type)
+    calls = []
+    model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+    logits(model)
+    assert calls == [1]
 
 
 def test_generation():

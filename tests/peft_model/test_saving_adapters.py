@@ -21,7 +21,6 @@ import peft.peft_model.saving
 from peft import LoraConfig, PeftConfig, PeftModel, PeftWarning, get_peft_model
 from peft.peft_model.saving import StagedFiles, without_shared_storage
 
-
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 HERE = Path(__file__).parent
 
@@ -156,7 +155,7 @@ def test_a_save_that_raises_leaves_everything_as_it_was(tmp_path, monkeypatch, b
     if broken in ("weights", "second adapter"):
         monkeypatch.setattr(peft.peft_model.saving, "save_file", failing)
     elif broken == "config":
-        model.peft_config["default"].target_modules = {object()}
+        model.peft_config["default"].alpha_pattern = {"q_proj": object()}
     else:
         monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: 1 / 0)
     with pytest.raises((OSError, TypeError, ZeroDivisionError)):

@@ -11,7 +11,6 @@ from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, T5Config, T5
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
 

@@ -11,14 +11,11 @@ import peft.utils.other
 from peft.utils import PeftError, PeftType, PeftWarning, TaskType, constants, register_peft_method
 from peft.utils.error import NoMatchingPeftModuleError
 
-
 TABLES = sorted(name for name in vars(constants) if name.startswith("TRANSFORMERS_MODELS_TO_"))
 
 
 def test_tables_share_no_lists():
-    lists = [
-        targets for name in TABLES for targets in getattr(constants, name).values() if isinstance(targets, list)
-    ]
+    lists = [targets for name in TABLES for targets in getattr(constants, name).values() if isinstance(targets, list)]
     assert len({id(targets) for targets in lists}) == len(lists) > 500
 
 

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from toys import llama
 
 from peft.utils import other
 from peft.utils.other import cast_mixed_precision_params, prepare_model_for_kbit_training
-
-from toys import llama
 
 
 def _prepared(flag: str | None = None, method: str | None = None, **kwargs):

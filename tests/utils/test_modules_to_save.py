@@ -12,12 +12,11 @@ import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
+from toys import Toy, llama
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from peft.utils.other import _freeze_adapter, _set_adapter, _set_trainable
-
-from toys import Toy, llama
 
 
 def _wrapper(*adapters: str, module: nn.Module | None = None) -> ModulesToSaveWrapper:
@@ -291,7 +290,7 @@ def test_dispatched_model():
     assert model.base_model.model.head.original_module.weight.grad is None
 
 
-# ---- in a model ------------------------------------------------------------------------------------------------------
+# ---- in a model ----------------------------------------------------------------------------------------------------
 def test_set_trainable():
     model = Toy()
     assert _set_trainable(model, "a", module_names=None, inference_mode=False) is None
@@ -400,5 +399,7 @@ def test_tied_embeddings_come_apart_with_a_warning():
 def test_half_precision_modules_keep_their_dtype():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = get_peft_model(llama(dtype=torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+        model = get_peft_model(
+            llama(dtype=torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+        )
     assert model.base_model.model.lm_head.weight.dtype == torch.bfloat16

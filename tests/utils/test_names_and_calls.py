@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from toys import llama, t5
 from transformers import StaticCache
 from transformers.masking_utils import create_causal_mask
 
@@ -25,8 +26,6 @@ from peft.utils.other import (
     transpose,
 )
 from peft.utils.peft_types import PeftType
-
-from toys import llama, t5
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,12 @@ class _PromptConfig:
 def test_prompt_dimensions():
     base = {"n_layer": 2, "hidden_size": 8, "n_head": 4, "num_key_value_heads": 2}
     prompt = _prepare_prompt_learning_config(_PromptConfig(PeftType.PROMPT_TUNING), base)
-    assert (prompt.num_layers, prompt.token_dim, prompt.num_attention_heads, prompt.encoder_hidden_size) == (2, 8, 4, 8)
+    assert (prompt.num_layers, prompt.token_dim, prompt.num_attention_heads, prompt.encoder_hidden_size) == (
+        2,
+        8,
+        4,
+        8,
+    )
     prefix = _prepare_prompt_learning_config(_PromptConfig(PeftType.PREFIX_TUNING), {"text_config": base})
     assert (prefix.token_dim, prefix.num_attention_heads) == (4, 2)
     assert _prepare_prompt_learning_config(_PromptConfig(PeftType.P_TUNING, token_dim=3), base).token_dim == 3
@@ -207,5 +211,3 @@ def test_file_on_hub(tmp_path, monkeypatch):
         assert other.check_file_exists_on_hf_hub("some/repo", "config.json") is None
     monkeypatch.setattr("peft.utils.other.calls.file_exists", lambda *args, **kwargs: True)
     assert other.check_file_exists_on_hf_hub("some/repo", "config.json") is True
-
-

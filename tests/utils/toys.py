@@ -25,11 +25,11 @@ class Toy(nn.Module):
         return self.emb
 
 
-def llama(tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def llama(tied: bool = False, dtype: torch.dtype = torch.float32, hidden_size: int = 16) -> LlamaForCausalLM:
     """A language model with a vocabulary of 32."""
     config = LlamaConfig(
         vocab_size=32,
-        hidden_size=16,
+        hidden_size=hidden_size,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,

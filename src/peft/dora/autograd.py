@@ -14,7 +14,7 @@ from . import eager
 from .norm import Factors, NormCache, check_factors, plain_factors, row_norm_torch, runs_triton
 from .products import as_dtype, base_product, product_in, scaled_product, sum_dtype
 from .reference import gain as gain_of
-from .route import Route
+from .route import Route, kernels
 
 
 def linear(
@@ -115,19 +115,14 @@ class Call:
         """W `[out, in]` in the dtype of the base product."""
         weight = self.weight
         if self.triton and self.packed is not None:
-            from . import kernels
-
-            return kernels.dequantise(self.packed, self.dtype)
+            return kernels().dequantise(self.packed, self.dtype)
         # Outside autocast a plain weight of another dtype than x is refused by the product, as by the layer itself.
         return weight.dense() if weight.format == "plain" and not self.autocast else weight.dense(self.dtype)
 
     @property
     def body(self) -> Any:
-        if self.triton:
-            from . import kernels
-
-            return kernels
-        return eager
+        """The module whose passes over the output run."""
+        return kernels() if self.triton else eager
 
     def run(
         self,
@@ -145,15 +140,15 @@ class Call:
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        gain = factors.gain
-        u = base_product(rows, self.dense(), None if gain is not None else bias)
+        stats = factors.stats
+        u = base_product(rows, self.dense(), bias if stats is None else None)
         h = scaled_product(as_dtype(rows, self.branch_dtype), factors.a.t(), self.scaling)
         y, v = self.body.compose(
             u,
             h,
             factors.b,
-            gain=gain,
-            bias=bias if gain is not None else None,
+            stats=stats,
+            bias=None if stats is None else bias,
             lora_bias=lora_bias,
             scaling=self.scaling,
             keep_v=keep == "v",
@@ -237,13 +232,12 @@ def _backward(
     if need_m and not kept_is_v and kept._version:
         kept, kept_is_v = _recompute(call, rows, h, factors, lora_bias), True
     need_t = need_x or need_a or need_b or need_c
-    if factors.gain is None:
+    if factors.stats is None:
         t, dm = as_dtype(dy, call.branch_dtype), None
     else:
         t, dm = call.body.scale_gradient(
             dy.contiguous(),
-            gain=factors.gain,
-            norm=factors.norm,
+            stats=factors.stats,
             kept=kept.reshape(-1, dy.shape[-1]) if need_m else None,
             kept_is_v=kept_is_v,
             dtype=call.branch_dtype if need_t else None,
@@ -278,7 +272,7 @@ def _recompute(
 ) -> torch.Tensor:
     """v once more, because the layer's output, from which it would have been read, was changed in place."""
     u = torch.mm(rows, call.dense().t())
-    return eager.compose(u, h, factors.b, gain=None, bias=None, lora_bias=lora_bias, scaling=call.scaling)[0]
+    return eager.compose(u, h, factors.b, stats=None, bias=None, lora_bias=lora_bias, scaling=call.scaling)[0]
 
 
 def _composed(

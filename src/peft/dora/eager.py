@@ -14,7 +14,7 @@ def compose(
     h: torch.Tensor,
     b: torch.Tensor,
     *,
-    gain: torch.Tensor | None,
+    stats: torch.Tensor | None,
     bias: torch.Tensor | None,
     lora_bias: torch.Tensor | None,
     scaling: float,
@@ -26,7 +26,7 @@ def compose(
         u: The base product `[tokens, out]` without bias; overwritten.
         h: `[tokens, r]`, scaled already.
         b: B `[out, r]`, in h's dtype.
-        gain: g `[out]`, or None for y = v.
+        stats: The norm and the gain g, `[2, out]`; None for y = v.
         bias: `[out]`; only with a gain.
         lora_bias: c `[out]`.
         scaling: s, for c.
@@ -38,8 +38,9 @@ def compose(
     v = u.addmm_(h, b.t()) if h.dtype == u.dtype else torch.addmm(u.to(h.dtype), h, b.t())
     if lora_bias is not None:
         v.add_(lora_bias.detach() * scaling)
-    if gain is None:
+    if stats is None:
         return v.to(u.dtype), None
+    gain = stats[1]
     y = torch.empty_like(u) if keep_v else u
     if bias is None:
         torch.mul(v, gain, out=y)
@@ -51,8 +52,7 @@ def compose(
 def scale_gradient(
     dy: torch.Tensor,
     *,
-    gain: torch.Tensor,
-    norm: torch.Tensor,
+    stats: torch.Tensor,
     kept: torch.Tensor | None,
     kept_is_v: bool,
     dtype: torch.dtype | None,
@@ -61,14 +61,15 @@ def scale_gradient(
 
     Args:
         dy: `[tokens, out]`.
-        gain, norm: `[out]`.
+        stats: The norm and the gain g, `[2, out]`.
         kept: v, or y = g∘v from which v is read back; None where dm is not wanted.
         kept_is_v: Which of the two.
         dtype: That of t; None where t is not wanted.
 
     Returns:
-        t `[tokens, out]` and dm `[out]` in the norm's dtype; None for what is not wanted.
+        t `[tokens, out]` and dm `[out]` in the dtype of stats; None for what is not wanted.
     """
+    norm, gain = stats
     t = None
     if dtype is not None:
         t = torch.mul(dy, gain, out=torch.empty_like(dy, dtype=dtype))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .reference import gain as gain_of
-from .route import TRITON_DTYPES, Route
+from .route import TRITON_DEVICES, TRITON_DTYPES, Route, interpreting, kernels
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -45,9 +45,7 @@ def row_norm(
     if a.dtype != b.dtype:
         a, b = a.to(wide := torch.promote_types(a.dtype, b.dtype)), b.to(wide)
     if runs_triton(route, a, weight.dtype):
-        from . import kernels
-
-        return kernels.row_norm(weight, a, b, scaling)
+        return kernels().row_norm(weight, a, b, scaling)
     return row_norm_torch(weight, a, b, scaling)
 
 
@@ -65,8 +63,6 @@ def runs_triton(route: Route | None, factor: torch.Tensor, dtype: torch.dtype) -
     """Whether the kernels can take what the route promised: the tensors may have moved since it was planned."""
     if route is None or route.path != "triton" or factor.dtype not in TRITON_DTYPES or dtype not in TRITON_DTYPES:
         return False
-    from .route import TRITON_DEVICES, interpreting
-
     return factor.device.type in TRITON_DEVICES or interpreting()
 
 
@@ -130,16 +126,15 @@ class Factors(NamedTuple):
     Args:
         a, b: A `[r, in]` and B `[out, r]` in the dtype of the branch. Nobody writes to them again, except where
             they are the parameters themselves (`private` is False).
-        norm: `[out]`, None for plain LoRA.
-        gain: `[out]` in the norm's dtype, None where no magnitude was given.
+        stats: The norm and, where a magnitude was given, the gain: `[1 or 2, out]`, float32 or float64. None for
+            plain LoRA.
         private: Whether a and b are copies.
         packed: The weight's stored bytes for kernels, None where they are not wanted or there are none.
     """
 
     a: torch.Tensor
     b: torch.Tensor
-    norm: torch.Tensor | None
-    gain: torch.Tensor | None
+    stats: torch.Tensor | None
     private: bool
     packed: Any = None
 
@@ -207,7 +202,7 @@ class NormCache:
             ValueError: The shapes do not fit.
         """
         dtype = torch.promote_types(A.dtype, B.dtype)
-        return self.factors(weight, A, B, scaling, dtype, triton=_route_holds(route, A, dtype, weight)).norm
+        return self.factors(weight, A, B, scaling, dtype, triton=_route_holds(route, A, dtype, weight)).stats[0]
 
     def factors(
         self,
@@ -235,29 +230,31 @@ class NormCache:
         key = (scaling, weight.key(), A.shape, B.shape, dtype, A.device, triton)
         with self._lock:
             if triton:
-                from . import kernels
-
-                found = kernels.refresh(self, key, weight, A, B, scaling, dtype, magnitude, floor)
-            else:
-                found = self.refresh_torch(key, weight, A, B, scaling, dtype)
-        if magnitude is None or found.gain is not None:
-            return found
-        return found._replace(gain=floored_gain(magnitude, found.norm, floor))
+                return kernels().refresh(self, key, weight, A, B, scaling, dtype, magnitude, floor)
+            return self.refresh_torch(key, weight, A, B, scaling, dtype, magnitude, floor)
 
     def refresh_torch(
-        self, key: tuple, weight: Any, A: torch.Tensor, B: torch.Tensor, scaling: float, dtype: torch.dtype
+        self,
+        key: tuple,
+        weight: Any,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+        magnitude: torch.Tensor | None,
+        floor: bool,
     ) -> Factors:
-        """The PyTorch body of `factors`, without the gain; the lock is held."""
+        """The PyTorch body of `factors`; the lock is held."""
         a, b = A.to(dtype), B.to(dtype)
         if not _may_compare(a):
             norm = row_norm_torch(weight, a, b, scaling)
             self.state = None
-            return Factors(a, b, norm, None, private=a is not A and b is not B)
+            return Factors(a, b, _stats(norm, magnitude, floor), private=a is not A and b is not B)
         state = self.state
         if state is None or state.key != key or _is_unusable(state.norm) or not _equal(state, a, b):
             a, b = (a.clone() if a is A else a), (b.clone() if b is B else b)
             state = self.state = HostState(key, a, b, row_norm_torch(weight, a, b, scaling))
-        return Factors(state.a, state.b, state.norm, None, private=True)
+        return Factors(state.a, state.b, _stats(state.norm, magnitude, floor), private=True)
 
 
 def _route_holds(route: Route | None, A: torch.Tensor, dtype: torch.dtype, weight: Any) -> bool:
@@ -282,14 +279,18 @@ def _equal(state: HostState, a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(state.a, a) and torch.equal(state.b, b)
 
 
-def floored_gain(magnitude: torch.Tensor, norm: torch.Tensor, floor: bool) -> torch.Tensor:
-    """The gain `[out]`; with `floor`, at least `GAIN_FLOOR` in size."""
+def _stats(norm: torch.Tensor, magnitude: torch.Tensor | None, floor: bool) -> torch.Tensor:
+    """The norm and the gain in two rows; the norm alone in one where there is no magnitude."""
+    if magnitude is None:
+        return norm[None]
     gain = gain_of(magnitude, norm)
-    return torch.where(gain.abs() < GAIN_FLOOR, GAIN_FLOOR, gain) if floor else gain
+    if floor:
+        gain = torch.where(gain.abs() < GAIN_FLOOR, GAIN_FLOOR, gain)
+    return torch.stack((norm, gain))
 
 
 def plain_factors(A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> Factors:
     """A and B in `dtype` for a pass that needs no norm."""
     A, B = A.detach(), B.detach()
     a, b = A.to(dtype), B.to(dtype)
-    return Factors(a, b, None, None, private=a is not A and b is not B)
+    return Factors(a, b, None, private=a is not A and b is not B)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
@@ -20,7 +22,13 @@ def base_product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | 
 
 def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     """scaling · left @ right, the scaling inside the product."""
-    return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scaling)
+    # With beta=0 the first matrix is not read; one element, kept for each device and dtype, stands for it.
+    return torch.addmm(_unread(left.device, left.dtype), left, right, beta=0, alpha=scaling)
+
+
+@functools.cache
+def _unread(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros((1, 1), device=device, dtype=dtype)
 
 
 def product_in(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

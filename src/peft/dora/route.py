@@ -5,9 +5,11 @@ warned about once."""
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -85,6 +87,12 @@ def interpreting() -> bool:
 @functools.cache
 def _has_bfloat16(index: int | None) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The Triton bodies; the first call imports triton."""
+    return importlib.import_module(f"{__package__}.kernels")
 
 
 _warned: set[str] = set()

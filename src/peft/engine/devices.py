@@ -33,13 +33,16 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
     return (None, None) if first is None else (first.device, None)
 
 
-def move_slot_to_base_layer(layer: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
-    """Move one adapter's parameters to the base weight's device (or `device`) and floating dtype.
+def move_slot_to_base_layer(
+    layer: BaseTunerLayer, adapter_name: str, device: torch.device | None = None, keep_dtype: bool = False
+) -> None:
+    """Move one adapter's parameters to the base weight's device (or `device`) and, unless `keep_dtype`, floating dtype.
 
     Parameters on the meta device stay there: they are filled by loading. An offloaded base weight (meta) gives no
     device, so the adapter stays where it was made.
     """
     base_device, dtype = base_placement(layer)
+    dtype = None if keep_dtype else dtype
     if device is None:
         device = base_device
     if device is None or device == META:

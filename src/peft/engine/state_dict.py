@@ -16,6 +16,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, check_file_exists_on_hf_hub
 from peft.utils.warning import PeftWarning
 
+from .devices import move_slot_to_base_layer
 from .layer import BaseTunerLayer
 from .targets import check_target_module_exists
 
@@ -207,7 +208,7 @@ def load_adapter_state_dict(
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             if low_cpu_mem_usage and adapter_name in module._get_available_adapters():
-                module._move_adapter_to_device_of_base_layer(adapter_name)
+                move_slot_to_base_layer(module, adapter_name, keep_dtype=True)
             module._replan()
     own = set(_own_keys(model, tuner, config, adapter_name, current))
     return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
@@ -91,6 +90,13 @@ def _is_in_layers(config: PeftConfig, key: str) -> bool:
     return number == wanted if isinstance(wanted, int) else number in wanted
 
 
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether a model is one of transformers', told by name: importing that class takes seconds and brings triton."""
+    return any(
+        cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.") for cls in type(model).__mro__
+    )
+
+
 def is_linear_like(module: nn.Module) -> bool:
     """Whether "all-linear" includes this module: it multiplies its input by one stored matrix."""
     if isinstance(module, (nn.Linear, Conv1D)):
@@ -108,7 +114,7 @@ def _maybe_include_all_linear_layers(peft_config: PeftConfig, model: nn.Module) 
     if not hasattr(model, "named_modules"):
         raise ValueError(f'target_modules="all-linear" needs an nn.Module, got {type(model).__name__}.')
     names = set(_linear_names(model))
-    if isinstance(model, PreTrainedModel):
+    if is_transformers_model(model):
         names -= _output_layer_names(model, peft_config)
     peft_config.target_modules = names
     return peft_config
@@ -127,7 +133,7 @@ def _linear_names(model: nn.Module) -> Iterable[str]:
             yield name
 
 
-def _output_layer_names(model: PreTrainedModel, config: PeftConfig) -> set[str]:
+def _output_layer_names(model: nn.Module, config: PeftConfig) -> set[str]:
     """The head of a language model, or of a classifier: adapters are for the body."""
     output = model.get_output_embeddings()
     if output is not None:

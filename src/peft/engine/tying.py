@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.warning import PeftWarning
@@ -54,7 +53,7 @@ def tied_module_names(model: nn.Module) -> list[str]:
 def _tied_keys(model: nn.Module) -> set[str]:
     keys: set[str] = set()
     for name, module in model.named_modules():
-        tied = getattr(module, "_tied_weights_keys", None) if isinstance(module, PreTrainedModel) else None
+        tied = getattr(module, "_tied_weights_keys", None)
         if tied:
             pairs = [*tied, *tied.values()] if isinstance(tied, dict) else list(tied)
             keys.update(f"{name}.{key}" if name else key for key in pairs)

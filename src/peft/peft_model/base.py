@@ -73,7 +73,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         self.base_model = tuner_cls(
             model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
-        self._finish_adapter(adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        try:
+            self._finish_adapter(adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except Exception:
+            self.base_model.unload()
+            raise
         if _uses_gradient_checkpointing(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -196,17 +200,15 @@ class PeftModel(PushToHubMixin, nn.Module):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-        self._finish_adapter(adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            self._finish_adapter(adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if not self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     def _finish_adapter(self, adapter_name: str, autocast_adapter_dtype: bool, on_meta: bool = False) -> None:
-        """Put a new adapter on its devices and into its dtype."""
+        """Put a new adapter on its devices and into its dtype; one on the meta device gets its device by loading."""
         if not on_meta:
             place_adapter(self.base_model, adapter_name)
-            self.base_model._cast_adapter_dtype(
-                adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
-            )
+        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter the active one, and the only one to be trained.

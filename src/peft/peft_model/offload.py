@@ -32,19 +32,27 @@ def adapter_device(layer: BaseTunerLayer) -> torch.device | None:
 
 
 def place_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Move one adapter's parameters to where its layers run; dtypes and parameters on the meta device stay.
+    """Move one adapter's parameters to where its layers run; dtypes stay.
 
     Args:
         model: Model with adapted layers.
         adapter_name: Adapter to move.
+
+    Raises:
+        ValueError: A parameter has no values: it was to be computed from an offloaded weight, or was not loaded.
     """
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         device = adapter_device(layer)
         if device is None or device == META:
             continue
         for tensor in layer._slot_parameters(adapter_name):
-            if tensor.device != device and tensor.device != META:
+            if tensor.device == META:
+                raise ValueError(
+                    f"A parameter of adapter {adapter_name!r} in {name!r} has no values: the saved adapter lacks it, or it "
+                    "is computed from the base weight, which is offloaded. Load the base model without offloading."
+                )
+            if tensor.device != device:
                 tensor.data = tensor.data.to(device)
         layer._replan()

@@ -47,7 +47,10 @@ class StagedFiles:
         """
         staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         self._staged.append((staged, path))
+        staged.touch()
+        mode = staged.stat().st_mode  # what the user's umask makes of a new file; some writers make private ones
         writer(staged)
+        staged.chmod(mode)
         _sync(staged)
         if obsolete is not None:
             self._obsolete[path] = obsolete

@@ -12,7 +12,7 @@ from .launch import Kernel
 from .tiles import ceil_div, compose_tiles, gradient_tiles
 
 # From this rank on cuBLAS adds the branch to the base product before the pass; float32 has no exact tensor cores.
-CUBLAS_RANK = {2: 256, 4: 32}
+CUBLAS_RANK = {2: 512, 4: 32}
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -21,11 +21,11 @@ def compose_fwd_kernel(
     y_ptr,
     h_ptr,
     b_ptr,
-    gain_ptr,
+    stats_ptr,
     bias_ptr,
     lora_bias_ptr,
-    scaling,
     tokens,
+    scaling,
     out_features,
     RANK: tl.constexpr,
     KEEP_V: tl.constexpr,
@@ -55,8 +55,8 @@ def compose_fwd_kernel(
         b_v += (b_c * scaling)[None, :]
     if KEEP_V:
         tl.store(u_ptr + o_u, b_v.to(u_ptr.dtype.element_ty), mask=m_u)
-    if gain_ptr is not None:
-        b_v *= tl.load(gain_ptr + o_n, mask=m_n, other=0.0)[None, :]
+    if stats_ptr is not None:
+        b_v *= tl.load(stats_ptr + out_features + o_n, mask=m_n, other=0.0)[None, :]
     if bias_ptr is not None:
         b_v += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + o_u, b_v.to(y_ptr.dtype.element_ty), mask=m_u)
@@ -66,8 +66,7 @@ def compose_fwd_kernel(
 def compose_bwd_kernel(
     dy_ptr,
     kept_ptr,
-    gain_ptr,
-    norm_ptr,
+    stats_ptr,
     t_ptr,
     partial_ptr,
     tokens,
@@ -81,7 +80,7 @@ def compose_bwd_kernel(
     i_p = tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < out_features
-    b_gain = tl.load(gain_ptr + o_n, mask=m_n, other=1.0)  # [BLOCK_N]
+    b_gain = tl.load(stats_ptr + out_features + o_n, mask=m_n, other=1.0)  # [BLOCK_N]
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for step in range(steps):
         o_m = (i_p.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,14 +92,14 @@ def compose_bwd_kernel(
         if kept_ptr is not None:
             b_sum += b_dy * tl.load(kept_ptr + o_y, mask=m_y, other=0.0).to(tl.float32)
     if kept_ptr is not None:
-        b_norm = tl.load(norm_ptr + o_n, mask=m_n, other=1.0)  # [BLOCK_N]
+        b_norm = tl.load(stats_ptr + o_n, mask=m_n, other=1.0)  # [BLOCK_N]
         b_by = b_norm if KEPT_IS_V else b_norm * b_gain
         b_dm = tl.where(b_norm == 0, 0.0, tl.sum(b_sum, 0) / tl.where(b_norm == 0, 1.0, b_by))
         tl.store(partial_ptr + i_p.to(tl.int64) * out_features + o_n, b_dm, mask=m_n)
 
 
-_compose_fwd = Kernel(compose_fwd_kernel, free=(8,))
-_compose_bwd = Kernel(compose_bwd_kernel, free=(6, 7))
+_compose_fwd = Kernel(compose_fwd_kernel, free=1)
+_compose_bwd = Kernel(compose_bwd_kernel, free=2)
 
 
 def compose(
@@ -108,7 +107,7 @@ def compose(
     h: torch.Tensor,
     b: torch.Tensor,
     *,
-    gain: torch.Tensor | None,
+    stats: torch.Tensor | None,
     bias: torch.Tensor | None,
     lora_bias: torch.Tensor | None,
     scaling: float,
@@ -123,14 +122,15 @@ def compose(
     if rank >= CUBLAS_RANK[h.element_size()] and h.dtype == u.dtype:
         u.addmm_(h, b.t())
         rank = 0
-        if gain is None and lora_bias is None:
+        if stats is None and lora_bias is None:
             return u, None
     block_m, block_n, block_r, warps = compose_tiles(tokens, rank)
     _compose_fwd(
         (ceil_div(tokens, block_m) * ceil_div(out_features, block_n), 1, 1),
-        (u, y, h, b, gain, bias, lora_bias, float(scaling), tokens, out_features),
+        (u, y, h, b, stats, bias, lora_bias),
+        (tokens, float(scaling), out_features),
         (rank, keep_v, block_m, block_n, block_r),
-        num_warps=warps,
+        warps,
     )
     return y, u if keep_v else None
 
@@ -138,8 +138,7 @@ def compose(
 def scale_gradient(
     dy: torch.Tensor,
     *,
-    gain: torch.Tensor,
-    norm: torch.Tensor,
+    stats: torch.Tensor,
     kept: torch.Tensor | None,
     kept_is_v: bool,
     dtype: torch.dtype | None,
@@ -149,7 +148,7 @@ def scale_gradient(
     tokens, out_features = dy.shape
     t = None if dtype is None else torch.empty_like(dy, dtype=dtype)
     if not tokens:
-        return t, None if kept is None else torch.zeros_like(norm)
+        return t, None if kept is None else torch.zeros_like(stats[0])
     if t is None and kept is None:
         return None, None
     block_m, block_n, steps, warps = gradient_tiles(tokens, out_features)
@@ -157,9 +156,10 @@ def scale_gradient(
     partial = None if kept is None else torch.empty((parts, out_features), dtype=torch.float32, device=dy.device)
     _compose_bwd(
         (ceil_div(out_features, block_n), parts, 1),
-        (dy, kept, gain, norm, t, partial, tokens, steps, out_features),
+        (dy, kept, stats, t, partial),
+        (tokens, steps, out_features),
         (kept_is_v, block_m, block_n),
-        num_warps=warps,
+        warps,
     )
     if partial is None:
         return t, None

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..route import interpreting
-from .launch import Kernel
+from .launch import INTERPRETED, Kernel
 from .tiles import ceil_div
 
 
@@ -104,14 +103,14 @@ def packed4_args(packed: Any) -> tuple[tuple, tuple[int, int]]:
 def dequantise_packed4(packed: Any, dtype: torch.dtype) -> torch.Tensor:
     """The matrix `[out, in]` of NF4 or FP4 bytes: code times scale in float32, rounded once to `dtype`."""
     w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
-    block = 16 if interpreting() else 1024
+    block = 16 if INTERPRETED else 1024
     pointers, constants = packed4_args(packed)
     _dequantise4(
         (ceil_div(w.numel(), 2 * block), 1, 1),
-        (packed.data, *pointers, w, w.numel()),
+        (packed.data, *pointers, w),
+        (w.numel(),),
         (*constants, block),
-        num_warps=4,
         # The nested scale is a product and a sum, each rounded, in bitsandbytes: fused it would round once.
-        enable_fp_fusion=False,
+        fusion=False,
     )
     return w

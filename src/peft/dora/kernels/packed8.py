@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..route import interpreting
-from .launch import Kernel
+from .launch import INTERPRETED, Kernel
 from .tiles import ceil_div
 
 
@@ -45,11 +44,11 @@ def dequantise_packed8(packed: Any, dtype: torch.dtype) -> torch.Tensor:
     """The matrix `[out, in]` of int8 rows: data times scb / 127 in float32, rounded once to `dtype`."""
     out_features, in_features = packed.shape
     w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
-    block_m, block_k = (8, 16) if interpreting() else (8, 512)
+    block_m, block_k = (8, 16) if INTERPRETED else (8, 512)
     _dequantise8(
         (ceil_div(out_features, block_m), ceil_div(in_features, block_k), 1),
-        (packed.data, packed.scb, w, out_features, in_features),
+        (packed.data, packed.scb, w),
+        (out_features, in_features),
         (block_m, block_k),
-        num_warps=4,
     )
     return w

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
 from ..norm import Factors, NormCache
-from ..route import interpreting
-from .launch import Kernel
+from .launch import INTERPRETED, Kernel
 from .row_norm import launch_row_norm, source_of
 from .tiles import ceil_div
 
@@ -44,7 +42,7 @@ def snapshot_fwd_kernel(
         copy_block(b_ptr, b_old_ptr, b_new_ptr, changed_ptr, epoch, i - blocks_a, elements_b, BLOCK)
 
 
-_snapshot_fwd = Kernel(snapshot_fwd_kernel, free=(7,))
+_snapshot_fwd = Kernel(snapshot_fwd_kernel, free=1)
 
 
 class DeviceState(NamedTuple):
@@ -53,7 +51,7 @@ class DeviceState(NamedTuple):
     Args:
         key: What the host compares: weight, scaling, shapes, dtype, device, stream.
         a, b: The factors' values in the dtype of the products.
-        norm: `[out]`, theirs.
+        stats: `[1 or 2, out]`, their norm in the first row.
         changed: int32 on the device, the last pass at which a or b changed.
         epoch: The number of the last pass.
     """
@@ -61,7 +59,7 @@ class DeviceState(NamedTuple):
     key: tuple
     a: torch.Tensor
     b: torch.Tensor
-    norm: torch.Tensor
+    stats: torch.Tensor
     changed: torch.Tensor
     epoch: int
 
@@ -88,47 +86,41 @@ def refresh(
     packed = weight.packed()
     source = source_of(weight, packed)
     if source is None:
-        return cache.refresh_torch(key, weight, A, B, scaling, dtype)
-    capturing = A.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = (*key, _stream(A.device))
+        return cache.refresh_torch(key, weight, A, B, scaling, dtype, magnitude, floor)
+    capturing, stream = _stream(A)
+    key = (*key, stream)
     state = cache.state
     reuse = isinstance(state, DeviceState) and state.key == key and state.epoch < LAST_EPOCH and not capturing
     if reuse:
         changed, epoch = state.changed, state.epoch + 1
-        old_a, old_b, old_norm = state.a, state.b, state.norm
+        old_a, old_b, old = state.a, state.b, state.stats
     else:
-        changed = old_a = old_b = old_norm = None
+        changed = old_a = old_b = old = None
         epoch = 0
     a, b = torch.empty(A.shape, dtype=dtype, device=A.device), torch.empty(B.shape, dtype=dtype, device=B.device)
-    block = 64 if interpreting() else 2048
+    block = 64 if INTERPRETED else 2048
     _snapshot_fwd(
         (ceil_div(a.numel(), block) + ceil_div(b.numel(), block), 1, 1),
-        (A.contiguous(), B.contiguous(), old_a, old_b, a, b, changed, epoch, a.numel(), b.numel()),
+        (A.contiguous(), B.contiguous(), old_a, old_b, a, b, changed),
+        (epoch, a.numel(), b.numel()),
         (block,),
-        num_warps=4,
     )
-    norm = torch.empty(B.shape[0], dtype=torch.float32, device=A.device)
-    gain = None if magnitude is None else torch.empty_like(norm)
+    rows = 1 if magnitude is None else 2
+    stats = torch.empty((rows, B.shape[0]), dtype=torch.float32, device=A.device)
+    if magnitude is not None:
+        magnitude = magnitude.contiguous()
     launch_row_norm(
-        source,
-        a,
-        b,
-        scaling,
-        norm,
-        old=old_norm,
-        changed=changed,
-        epoch=epoch,
-        magnitude=None if magnitude is None else magnitude.contiguous(),
-        gain=gain,
-        floor=floor,
+        source, a, b, scaling, stats, old=old, changed=changed, epoch=epoch, magnitude=magnitude, floor=floor
     )
     if not capturing:
         if changed is None:
             changed = torch.zeros((), dtype=torch.int32, device=A.device)
-        cache.state = DeviceState(key, a, b, norm, changed, epoch)
-    return Factors(a, b, norm, gain, private=True, packed=packed)
+        cache.state = DeviceState(key, a, b, stats, changed, epoch)
+    return Factors(a, b, stats, private=True, packed=packed)
 
 
-def _stream(device: torch.device) -> int | None:
-    """The stream that the pass runs on: what another one wrote may not be there yet."""
-    return None if interpreting() else driver.active.get_current_stream(device.index)
+def _stream(tensor: torch.Tensor) -> tuple[bool, int | None]:
+    """Whether a graph is being captured, and the stream: what another one wrote may not be there yet."""
+    if tensor.device.type == "cuda":
+        return torch._C._cuda_isCurrentStreamCapturing(), torch._C._cuda_getCurrentRawStream(tensor.get_device())
+    return False, torch.xpu.current_stream().sycl_queue if tensor.device.type == "xpu" else None

@@ -67,7 +67,7 @@ def sum_squares(
 @triton.jit(do_not_specialize=["epoch"])
 def row_norm_fwd_kernel(
     w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr,
-    old_ptr, norm_ptr, magnitude_ptr, gain_ptr, changed_ptr, epoch, scaling, floor,
+    old_ptr, stats_ptr, magnitude_ptr, changed_ptr, epoch, scaling, floor,
     out_features, in_features, stride_wm, stride_wk,
     FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -88,15 +88,15 @@ def row_norm_fwd_kernel(
                 FORMAT, BLOCKSIZE, NESTED, EVEN, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
             )
         )  # fmt: skip
-    tl.store(norm_ptr + o_m, b_norm, mask=m_m)
-    if gain_ptr is not None:
+    tl.store(stats_ptr + o_m, b_norm, mask=m_m)
+    if magnitude_ptr is not None:
         b_m = tl.load(magnitude_ptr + o_m, mask=m_m, other=0.0).to(tl.float32)
         b_gain = tl.where(b_norm == 0, 1.0, tl.div_rn(b_m, tl.where(b_norm == 0, 1.0, b_norm)))
         b_gain = tl.where(tl.abs(b_gain) < floor, floor, b_gain)
-        tl.store(gain_ptr + o_m, b_gain, mask=m_m)
+        tl.store(stats_ptr + out_features + o_m, b_gain, mask=m_m)
 
 
-_row_norm_fwd = Kernel(row_norm_fwd_kernel, free=(13,))
+_row_norm_fwd = Kernel(row_norm_fwd_kernel, free=1)
 
 
 class Source(NamedTuple):
@@ -136,13 +136,12 @@ def launch_row_norm(
     a: torch.Tensor,
     b: torch.Tensor,
     scaling: float,
-    norm: torch.Tensor,
+    stats: torch.Tensor,
     *,
     old: torch.Tensor | None = None,
     changed: torch.Tensor | None = None,
     epoch: int = 0,
     magnitude: torch.Tensor | None = None,
-    gain: torch.Tensor | None = None,
     floor: bool = False,
 ) -> None:
     """Write the norm, and the gain where a magnitude is given; where `changed` does not hold `epoch`, the old norm.
@@ -151,12 +150,11 @@ def launch_row_norm(
         source: The weight.
         a, b: `[r, in]` and `[out, r]`, contiguous, in one dtype.
         scaling: s.
-        norm: `[out]` float32, written.
-        old: The norm that stands while nothing changed.
+        stats: `[1, out]` float32, or `[2, out]` with the gain; written.
+        old: The stats whose norm stands while nothing changed.
         changed: int32, the last pass at which the factors changed; None to compute the norm in any case.
         epoch: This pass.
         magnitude: m `[out]`.
-        gain: `[out]` float32, written.
         floor: Lift gains smaller than `GAIN_FLOOR` to it.
     """
     out_features, in_features = b.shape[0], a.shape[1]
@@ -168,14 +166,12 @@ def launch_row_norm(
     def run(tiles: NormTiles, changed: torch.Tensor | None = None) -> None:
         _row_norm_fwd(
             (ceil_div(out_features, tiles.block_m), 1, 1),
-            (
-                *source.pointers, a, b, old, norm, magnitude, gain, changed, epoch, float(scaling),
-                GAIN_FLOOR if floor else 0.0, out_features, in_features, *source.strides,
-            ),
+            (*source.pointers, a, b, old, stats, magnitude, changed),
+            (epoch, float(scaling), GAIN_FLOOR if floor else 0.0, out_features, in_features, *source.strides),
             (*source.constants, rank, tiles.block_m, tiles.block_k, block_r),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )  # fmt: skip
+            tiles.warps,
+            tiles.stages,
+        )
 
     data = source.pointers[0]
     kind = (a.device.index, data.dtype, a.dtype, source.constants, source.strides[0] == 1)
@@ -196,6 +192,6 @@ def row_norm(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float) -> t
     source = source_of(weight, weight.packed())
     if source is None:
         return row_norm_torch(weight, a, b, scaling)
-    norm = torch.empty(b.shape[0], dtype=torch.float32, device=a.device)
-    launch_row_norm(source, a.contiguous(), b.contiguous(), scaling, norm)
-    return norm
+    stats = torch.empty((1, b.shape[0]), dtype=torch.float32, device=a.device)
+    launch_row_norm(source, a.contiguous(), b.contiguous(), scaling, stats)
+    return stats[0]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..route import interpreting
+from .launch import INTERPRETED
 
 
 def power_of_two(n: int) -> int:
@@ -23,14 +23,14 @@ def rank_block(rank: int, most: int = 64) -> int:
 
 def compose_tiles(tokens: int, rank: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_R and the number of warps of the pass over the output."""
-    if interpreting():
+    if INTERPRETED:
         return 16, 16, rank_block(rank, 16), 1
     return (16 if tokens <= 16 else 64), 128, rank_block(rank), 4
 
 
 def gradient_tiles(tokens: int, out_features: int) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, the blocks of rows that a program goes through, and the number of warps."""
-    if interpreting():
+    if INTERPRETED:
         return 8, 16, 2, 1
     block_m, block_n = 16, 256
     # Enough programs for every GPU of today, and few partial sums for each output feature.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..route import interpreting
+from .launch import INTERPRETED
 from .tiles import power_of_two, rank_block
 
 
@@ -31,7 +31,7 @@ CANDIDATES = (
     NormTiles(128, 64, 8, 3),
     NormTiles(128, 128, 8, 3),
 )
-INTERPRETED = NormTiles(16, 32, 1, 1)
+SMALL = NormTiles(16, 32, 1, 1)
 MEASUREMENTS = 5
 # 132 multiprocessors on an H100: below this many programs a smaller BLOCK_M is the better one.
 FEW_PROGRAMS = 128
@@ -74,13 +74,13 @@ def choose(
         itemsize: Bytes of an element of A.
         run: Launches the kernel; nothing is lost when it runs several times.
     """
-    if interpreting():
-        return INTERPRETED
+    if INTERPRETED:
+        return SMALL
     key = (*kind, power_of_two(out_features), power_of_two(in_features), rank_block(rank), -(-rank // 64))
     tiles = _chosen.get(key)
     if tiles is None:
         candidates = prune(out_features, rank, itemsize)
-        if len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
+        if len(candidates) == 1 or torch._C._cuda_isCurrentStreamCapturing():
             return candidates[0]
         tiles = _chosen[key] = min(candidates, key=lambda tiles: _time(run, tiles))
     return tiles

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from peft.engine.layer import BaseTunerLayer
@@ -13,8 +14,9 @@ from peft.engine.tuner import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
+from peft.utils.save_and_load import get_peft_model_state_dict
 
-from . import bnb, layer
+from . import bnb, layer, weighted
 from .config import LoraConfig
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -123,6 +125,66 @@ class LoraModel(BaseTuner):
             "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers' Conv1D and bitsandbytes' 4-bit and "
             "8-bit linear layers: name such modules in target_modules."
         )
+
+    # ---- new adapters from others ----------------------------------------------------------------------------------
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Create an adapter that combines others; it is neither active nor trained until it is activated.
+
+        Magnitudes of DoRA adapters are combined as what they add to the base weight's norm, by the weights, whatever
+        the type: m = ‖W‖ + Σ wᵢ (mᵢ − ‖W‖), where a plain adapter counts with mᵢ = ‖W + s·BA‖.
+
+        Args:
+            adapters: Names of the adapters to combine, plain LoRA or DoRA.
+            weights: One weight for each, negative ones allowed.
+            adapter_name: Name of the new adapter. If there is one of that name, a warning says so and nothing changes.
+            combination_type: "linear" adds up A and B, each by the root of its weight, exact for one adapter; "cat"
+                puts the ranks side by side, exact; "svd" adds up the products BA and cuts them to a rank. "ties"
+                (arXiv 2306.01708), "dare_linear", "dare_ties" (arXiv 2311.03099) and "magnitude_prune" prune A and B
+                before they add them up; with "_svd" after the name they prune the products.
+            svd_rank: Rank to cut to; None for the adapters' largest.
+            svd_clamp: Quantile in (0, 1] to which the entries of the cut factors are clamped.
+            svd_full_matrices: Passed to `torch.linalg.svd`.
+            svd_driver: Likewise; for CUDA tensors.
+            density: Share of entries to keep, in [0, 1], where the type prunes.
+            majority_sign_method: How TIES elects a sign: "total" by magnitude, "frequency" by number.
+
+        Raises:
+            ValueError: An adapter does not exist or cannot be combined, the ranks do not fit the type, or an argument
+                is unknown or missing.
+        """
+        recipe = weighted.make_recipe(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        weighted.add_weighted_adapter(self, adapters, weights, adapter_name, recipe)
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: dict[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Turn an adapter whose start changed the base weight into one for the unchanged weight, of twice the rank.
+
+        Args:
+            output_state_dict: The trained adapter, as `get_peft_model_state_dict` gives it.
+            adapter_name: The adapter, in this model, that holds the values it started from.
+            kwargs: May hold `state_dict`, the state to take that adapter from.
+
+        Raises:
+            ValueError: The two adapters do not have the same factors.
+        """
+        state = (kwargs or {}).get("state_dict")
+        initial = get_peft_model_state_dict(self, state_dict=state, adapter_name=adapter_name)
+        return weighted.subtract_initial(output_state_dict, initial)
 
     # ---- files -----------------------------------------------------------------------------------------------------
     @classmethod

@@ -26,6 +26,8 @@ class TrainableTokensConfig(PeftConfig):
 
     # rows of tied layers are always shared
     ensure_weight_tying: ClassVar[bool] = True
+    # a few rows are trained, so the base embedding need not be saved with them
+    adapts_whole_embeddings: ClassVar[bool] = False
 
     token_indices: list[int] = field(
         default_factory=list, metadata={"help": "Numbers of the tokens whose rows are trained."}

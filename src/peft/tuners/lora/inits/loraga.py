@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ..config import LoraGAConfig
     from ..layer.base import LoraLayer
 
-GRADIENT = "_peft_loraga_grad"  # attribute of a base layer: the averaged gradient of its weight, as the layer stores it
+GRADIENT = (
+    "_peft_loraga_grad"  # attribute of a base layer: the averaged gradient of its weight, as the layer stores it
+)
 _OVERSAMPLING = 4
 
 

@@ -72,6 +72,12 @@ class _ConvNd(LoraLayer, nn.Module):
         )
         self.lora_B[adapter_name] = conv(r, self.out_features, kernel_size=1, groups=base.groups, bias=lora_bias)
 
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.base_layer
+        if not find_weight(base).direct():
+            return super().base_product(x)
+        return base._conv_forward(x, base.weight, None)  # nothing to take away again, so nothing is rounded twice
+
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
         groups = self.lora_B[name].groups

@@ -151,7 +151,9 @@ class LoraLinearBase(LoraLayer, nn.Module):
         ):
             return self._forward_general(x)
         if type(dropout) is not nn.Identity and dropout.training and dropout.p > 0.0:
-            return self._forward_general(x)
+            if plan.cache is None or not (x.dtype == lora_a.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+                return self._forward_general(x)  # plain LoRA, or a wider adapter, whose dropout acts in its own dtype
+            return self._forward_dropped(plan, x, dropout)
         magnitude = modules["lora_magnitude_vector"]._modules.get(name)
         return dora.linear(
             x,
@@ -164,6 +166,23 @@ class LoraLinearBase(LoraLayer, nn.Module):
             cache=plan.cache,
             route=plan.route,
         )
+
+    def _forward_dropped(self, plan: FusedPlan, x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
+        """DoRA while dropout d is active: W x + b + (g − 1)∘W d(x) + g∘s·B A d(x)."""
+        y = self.base_layer(x)
+        a, b, scaling = plan.lora_a.weight, plan.lora_b.weight, self.scaling[plan.name]
+        added = dora.branch(
+            dropout(x),
+            plan.weight,
+            a,
+            b,
+            scaling=scaling,
+            magnitude=self.lora_magnitude_vector[plan.name].weight,
+            norm=plan.cache.get(plan.weight, a, b, scaling, plan.route),
+            lora_bias=plan.lora_b.bias,
+            route=plan.route,
+        )
+        return y + added.to(y.dtype)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -79,8 +79,8 @@ class DoraLinearVariant(LoraVariant):
                 bias=getattr(module.get_base_layer(), "bias", None),
                 channel_dim=module.channel_dim,
             )
-        dropped = dropout(x)
-        base = module.base_product(dropped)
+        dropped = dropout(module._cast_input_dtype(x, module.lora_A[active_adapter].weight.dtype))
+        base = module.base_product(dropped.to(x.dtype))
         low_rank = module.low_rank_of_dropped(active_adapter, dropped)
         gain = module._along_channels(dora.gain(magnitude, norm), base)
         return result + (gain - 1) * base + gain * scaling * low_rank
