@@ -181,34 +181,6 @@ class AutoPeftModel(_BaseAutoPeftModel):
     _target_peft_class = PeftModel
 
 
-class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
-    """Loads adapters of causal language models."""
-
-    _target_class = AutoModelForCausalLM
-    _target_peft_class = PeftModelForCausalLM
-
-
-class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
-    """Loads adapters of sequence-to-sequence language models."""
-
-    _target_class = AutoModelForSeq2SeqLM
-    _target_peft_class = PeftModelForSeq2SeqLM
-
-
-class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
-    """Loads adapters of sequence classifiers."""
-
-    _target_class = AutoModelForSequenceClassification
-    _target_peft_class = PeftModelForSequenceClassification
-
-
-class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
-    """Loads adapters of token classifiers."""
-
-    _target_class = AutoModelForTokenClassification
-    _target_peft_class = PeftModelForTokenClassification
-
-
 class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
     """Loads adapters of models that find answers in a text."""
 
@@ -221,3 +193,31 @@ class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
 
     _target_class = AutoModel
     _target_peft_class = PeftModelForFeatureExtraction
+
+
+class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
+    """Loads adapters of token classifiers."""
+
+    _target_class = AutoModelForTokenClassification
+    _target_peft_class = PeftModelForTokenClassification
+
+
+class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
+    """Loads adapters of sequence classifiers."""
+
+    _target_class = AutoModelForSequenceClassification
+    _target_peft_class = PeftModelForSequenceClassification
+
+
+class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
+    """Loads adapters of sequence-to-sequence language models."""
+
+    _target_class = AutoModelForSeq2SeqLM
+    _target_peft_class = PeftModelForSeq2SeqLM
+
+
+class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
+    """Loads adapters of causal language models."""
+
+    _target_class = AutoModelForCausalLM
+    _target_peft_class = PeftModelForCausalLM

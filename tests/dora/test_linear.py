@@ -13,7 +13,7 @@ from peft.dora.eager import DenseWeight
 from peft.dora.norm import NormCache
 
 RANKS = (1, 3, 8, 12, 16, 64, 384)
-SMALL = dict(tokens=(2, 9), in_features=33, out_features=37)
+SMALL = {"tokens": (2, 9), "in_features": 33, "out_features": 37}
 
 
 def dtypes(body, wanted):

@@ -127,6 +127,20 @@ def test_evaluation(row: Row, device: str) -> None:
 
 
 @in_state("eval")
+def test_training_after_evaluation(row: Row, device: str) -> None:
+    """On the CPU bitsandbytes packs a 4-bit weight anew when its layer first infers, and an int8 one takes its scales."""
+    made = rig(row, device)
+    made.model.eval()
+    x, made.x = made.x, made.x.detach()
+    with torch.no_grad():
+        with made.model.disable_adapter():
+            made.model(made.x)
+        made.check_output(made.model(made.x), what="output after the base layer ran alone")
+    made.x = x
+    check_training(made)
+
+
+@in_state("eval")
 def test_one_item_and_none(row: Row, device: str) -> None:
     made = rig(row, device)
     with torch.no_grad():

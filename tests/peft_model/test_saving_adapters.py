@@ -20,6 +20,7 @@ from torch import nn
 import peft.peft_model.saving
 from peft import LoraConfig, PeftConfig, PeftModel, PeftWarning, get_peft_model
 from peft.peft_model.saving import StagedFiles, without_shared_storage
+from peft.tuners.lora import LoraLayer
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 HERE = Path(__file__).parent
@@ -303,3 +304,24 @@ def test_conversion_is_refused_where_it_would_be_wrong(tmp_path):
         model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert list(model.peft_config) == ["default"]
+
+
+def test_an_adapter_whose_start_changed_the_base_weights_becomes_a_plain_one(tmp_path):
+    """W' = W − s·B₀A₀ with the adapter BA is what W is with the converted adapter, of twice the rank."""
+    for number, options in enumerate([{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 3}, "lora_alpha": 5}]):
+        initial, out = tmp_path / f"initial{number}", tmp_path / f"out{number}"
+        model = adapted(modules_to_save=["lm_head"], **options).train()
+        model.save_pretrained(initial)
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.base_layer.weight -= layer.get_delta_weight("default")
+            for name, parameter in model.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(out, path_initial_model_for_weight_conversion=str(initial))
+        assert model.training and list(model.peft_config) == ["default"] and model.peft_config["default"].r == 2
+        assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+        config = PeftConfig.from_pretrained(out)
+        assert config.r == 4 and config.init_lora_weights is True
+        assert torch.allclose(logits(PeftModel.from_pretrained(llama(), out)), logits(model.eval()), atol=1e-5)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 
@@ -22,13 +20,17 @@ def base_product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | 
 
 def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     """scaling · left @ right, the scaling inside the product."""
-    # With beta=0 the first matrix is not read; one element, kept for each device and dtype, stands for it.
-    return torch.addmm(_unread(left.device, left.dtype), left, right, beta=0, alpha=scaling)
+    if type(left) is not torch.Tensor:
+        return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scaling)
+    key = left.device, left.dtype
+    unread = _UNREAD.get(key)
+    if unread is None:
+        unread = _UNREAD[key] = torch.zeros((1, 1), device=left.device, dtype=left.dtype)
+    return torch.addmm(unread, left, right, beta=0, alpha=scaling)
 
 
-@functools.cache
-def _unread(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros((1, 1), device=device, dtype=dtype)
+# With beta=0 the first matrix of addmm is not read; these stand for it.
+_UNREAD: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
 def product_in(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -38,10 +38,10 @@ class BaseTunerLayer(ABC):
     # ---- the base layer ------------------------------------------------------------------------------------------
     def get_base_layer(self) -> nn.Module:
         """The innermost wrapped module, also where several tuners wrap one another."""
-        base_layer = self
-        while hasattr(base_layer, "base_layer"):
-            base_layer = base_layer.base_layer
-        return base_layer
+        module = self
+        while (inner := getattr(module, "base_layer", None)) is not None:
+            module = inner
+        return module
 
     def get_base_weight(self) -> torch.Tensor:
         """The base layer's weight in its own orientation, dequantised where it is stored packed."""
@@ -135,10 +135,12 @@ class BaseTunerLayer(ABC):
     # ---- activation ----------------------------------------------------------------------------------------------
     @property
     def merged(self) -> bool:
-        return bool(self.merged_adapters)
+        """Whether any adapter is folded into the base weight."""
+        return len(self.merged_adapters) > 0
 
     @property
     def disable_adapters(self) -> bool:
+        """Whether all adapters are switched off."""
         return self._disable_adapters
 
     @property

@@ -192,7 +192,9 @@ def load_adapter_state_dict(
     if mismatched and not ignore_mismatched_sizes:
         raise RuntimeError(
             "Shapes of the saved adapter differ from the model's:\n"
-            + "\n".join(f"  {key}: saved {list(live[key].shape)}, here {list(current[key].shape)}" for key in mismatched)
+            + "\n".join(
+                f"  {key}: saved {list(live[key].shape)}, here {list(current[key].shape)}" for key in mismatched
+            )
             + "\nLoad it with the config and the base model that it was made for, or pass ignore_mismatched_sizes=True "
             "to leave these tensors out."
         )

@@ -16,7 +16,6 @@ from peft.utils.peft_types import TaskType
 
 from .layer import BaseTunerLayer
 
-
 if TYPE_CHECKING:
     from peft.config import PeftConfig
 

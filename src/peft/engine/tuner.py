@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 from tqdm import tqdm
 
 from peft.config import PeftConfig
@@ -28,10 +28,12 @@ from .layer import BaseTunerLayer
 from .mixed_batch import adapter_names_hooks, copies_in_generation
 from .targets import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 
+StateDict = dict[str, torch.Tensor]
+Names = list[str] | None  # of adapters; None for the active ones
 FACADE = "peft.tuners.tuners_utils"  # where other packages look for, and replace, the engine's functions
 
 
-class BaseTuner(nn.Module, ABC):
+class BaseTuner(Module, ABC):
     """Wraps a base model and keeps adapters in its layers.
 
     A subclass names its parameters' `prefix`, its layers' class `tuner_layer_cls` and its default targets
@@ -57,11 +59,11 @@ class BaseTuner(nn.Module, ABC):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Module,
         peft_config: PeftConfig | dict[str, PeftConfig],
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
+        state_dict: StateDict | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -91,25 +93,25 @@ class BaseTuner(nn.Module, ABC):
         self,
         peft_config: PeftConfig,
         adapter_name: str,
-        target: nn.Module,
+        target: torch.nn.Module,
         target_name: str,
-        parent: nn.Module,
+        parent: torch.nn.Module,
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
         """Add the adapter to `target`, which is already a layer of this tuner, or replace it in `parent` by one."""
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: Module, config: PeftConfig, adapter_name: str) -> None:
         """Runs before an adapter is injected; nothing by default."""
 
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: Module, config: PeftConfig, adapter_name: str) -> None:
         """Runs after an adapter was injected; nothing by default."""
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: Module) -> None:
         """Changes the base model before injection, such as replicating layers; nothing by default."""
 
     def _inject_parameters(
-        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+        self, peft_config: PeftConfig, model: Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Adapts bare parameters (`target_parameters`) and returns their names; none by default."""
         return []
@@ -148,7 +150,7 @@ class BaseTuner(nn.Module, ABC):
         return check_target_module_exists(peft_config, key)
 
     @staticmethod
-    def get_model_config(model: nn.Module) -> dict:
+    def get_model_config(model: Module) -> dict:
         """The base model's config as a dict; a stand-in for models that have none."""
         config = getattr(model, "config", DUMMY_MODEL_CONFIG)
         return config.to_dict() if hasattr(config, "to_dict") else config
@@ -156,11 +158,11 @@ class BaseTuner(nn.Module, ABC):
     # ---- injection -----------------------------------------------------------------------------------------------
     def inject_adapter(
         self,
-        model: nn.Module,
+        model: Module,
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
+        state_dict: StateDict | None = None,
     ) -> None:
         """Create the adapter `adapter_name` of `self.peft_config` in the model's layers.
 
@@ -201,7 +203,7 @@ class BaseTuner(nn.Module, ABC):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         public(FACADE, "cast_adapter_dtype")(self.model, adapter_name, autocast_adapter_dtype)
 
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+    def _mark_only_adapters_as_trainable(self, model: Module) -> None:
         """Freeze everything but adapters, then thaw the biases that an active adapter's config asks for."""
         for name, parameter in model.named_parameters():
             if self.prefix not in name:
@@ -270,7 +272,7 @@ class BaseTuner(nn.Module, ABC):
         self.active_adapter = new_active or []
 
     # ---- merging -------------------------------------------------------------------------------------------------
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, adapter_names: Names = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights and keep them, so that `unmerge_adapter` can undo it.
 
         Args:
@@ -298,8 +300,8 @@ class BaseTuner(nn.Module, ABC):
         return layers
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Names = None
+    ) -> Module:
         """Fold adapters into the base weights and return the plain base model.
 
         Args:
@@ -311,7 +313,7 @@ class BaseTuner(nn.Module, ABC):
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
-    def unload(self) -> nn.Module:
+    def unload(self) -> Module:
         """Return the base model without its adapters, merging nothing."""
         return self._unload_and_optionally_merge(merge=False)
 
@@ -320,8 +322,8 @@ class BaseTuner(nn.Module, ABC):
         merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+        adapter_names: Names = None,
+    ) -> Module:
         if merge:
             self._check_merge_allowed()
             self._merging_order(adapter_names)
@@ -343,7 +345,7 @@ class BaseTuner(nn.Module, ABC):
         return self.model
 
     @staticmethod
-    def _unwrapped(layer: BaseTunerLayer, merge: bool, safe_merge: bool, names: list[str] | None) -> nn.Module:
+    def _unwrapped(layer: BaseTunerLayer, merge: bool, safe_merge: bool, names: list[str] | None) -> Module:
         """The base layer of a possibly nested adapted layer, inner adapters merged before outer ones."""
         nested = [layer]
         while isinstance(getattr(nested[-1], "base_layer", None), BaseTunerLayer):
@@ -355,7 +357,7 @@ class BaseTuner(nn.Module, ABC):
                 inner.unmerge()
         return layer.get_base_layer()
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(self, parent: Module, child_name: str, new_module: Module, child: Module) -> None:
         """Put a module into another's place; its adapters were created on the right device already."""
         setattr(parent, child_name, new_module)
 
@@ -392,12 +394,12 @@ class BaseTuner(nn.Module, ABC):
     @classmethod
     def _get_adapter_state_dict(
         cls,
-        model: nn.Module,
+        model: Module,
         config: PeftConfig,
         adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
+        state_dict: StateDict,
         unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
+    ) -> StateDict:
         """The entries of a state dict that belong to one adapter, keys as they are in memory."""
         return {key: value for key, value in state_dict.items() if _slot_position(key, cls.prefix, adapter_name)}
 
@@ -412,8 +414,8 @@ class BaseTuner(nn.Module, ABC):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+        cls, model: Module, config: PeftConfig, adapter_name: str, state_dict: StateDict
+    ) -> StateDict:
         """A saved adapter with the adapter's name put into its keys."""
         return {cls._insert_adapter_name(key, adapter_name): value for key, value in state_dict.items()}
 

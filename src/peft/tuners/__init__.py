@@ -1,36 +1,19 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """The methods, one folder each; `_registry` lists them."""
 
+# fmt: off
+# isort: off
 from ._registry import register_rows
 from .lora import (
-    ArrowConfig,
-    BdLoraConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraConfig,
-    LoraGAConfig,
-    LoraModel,
-    LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
+    ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraModel,
+    LoraRuntimeConfig, MontecloraConfig, VeloraConfig,
 )
 from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 
 register_rows()
 
 __all__ = [
-    "ArrowConfig",
-    "BdLoraConfig",
-    "EvaConfig",
-    "KasaConfig",
-    "LoftQConfig",
-    "LoraConfig",
-    "LoraGAConfig",
-    "LoraModel",
-    "LoraRuntimeConfig",
-    "MontecloraConfig",
-    "TrainableTokensConfig",
-    "TrainableTokensModel",
+    "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig",
+    "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "TrainableTokensConfig", "TrainableTokensModel",
     "VeloraConfig",
 ]

@@ -1,40 +1,18 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """LoRA and its family: configs, layers, variants and the model that holds them."""
 
+# fmt: off
+# isort: off
 from .bnb import Linear4bit, Linear8bitLt
 from .config import (
-    ArrowConfig,
-    BdLoraConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
+    ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraRuntimeConfig,
+    MontecloraConfig, VeloraConfig,
 )
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from .model import LoraModel
 
 __all__ = [
-    "ArrowConfig",
-    "BdLoraConfig",
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "Embedding",
-    "EvaConfig",
-    "KasaConfig",
-    "Linear",
-    "Linear4bit",
-    "Linear8bitLt",
-    "LoftQConfig",
-    "LoraConfig",
-    "LoraGAConfig",
-    "LoraLayer",
-    "LoraModel",
-    "LoraRuntimeConfig",
-    "MontecloraConfig",
-    "VeloraConfig",
+    "ArrowConfig", "BdLoraConfig", "Conv1d", "Conv2d", "Conv3d", "Embedding", "EvaConfig", "KasaConfig",
+    "Linear", "Linear4bit", "Linear8bitLt", "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraLayer",
+    "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig",
 ]

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from peft.engine.layer import BaseTunerLayer
 from peft.engine.tuner import BaseTuner
@@ -73,9 +74,9 @@ class LoraModel(BaseTuner):
         self,
         lora_config: LoraConfig,
         adapter_name: str,
-        target: nn.Module,
+        target: torch.nn.Module,
         target_name: str,
-        parent: nn.Module,
+        parent: torch.nn.Module,
         current_key: str,
         *,
         parameter_name: str | None = None,
@@ -105,7 +106,7 @@ class LoraModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     @staticmethod
-    def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    def _create_new_module(lora_config: LoraConfig, adapter_name: str, target: Module, **kwargs: Any) -> Module:
         """The LoRA layer for a module.
 
         Raises:
@@ -129,14 +130,14 @@ class LoraModel(BaseTuner):
     # ---- new adapters from others ----------------------------------------------------------------------------------
     def add_weighted_adapter(
         self,
-        adapters: list[str],
-        weights: list[float],
+        adapters: Sequence[str],
+        weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = True,
-        svd_driver: str | None = None,
+        svd_driver: Literal["gesvd", "gesvdj", "gesvda"] | None = None,
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
@@ -199,7 +200,7 @@ class LoraModel(BaseTuner):
         return f"{key}.weight" if key.endswith(f"{_MAGNITUDE}.{adapter_name}") else key
 
 
-def _dispatch_custom(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+def _dispatch_custom(target: Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> Module | None:
     """A layer class that the user registered in the config for this class of module."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     for module_class, layer_class in config._custom_modules.items():

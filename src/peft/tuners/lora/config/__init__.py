@@ -15,7 +15,6 @@ from .options import (
     VeloraConfig,
 )
 
-
 __all__ = [
     "ArrowConfig",
     "BdLoraConfig",

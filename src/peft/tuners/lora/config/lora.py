@@ -26,7 +26,6 @@ from .options import (
     VeloraConfig,
 )
 
-
 BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 _PISSA_NITER = re.compile(r"pissa_niter_\d+")
@@ -220,7 +219,9 @@ class LoraConfig(PeftConfig):
             elif init != name and getattr(self, f"{name}_config") is not None:
                 warnings.warn(f"{name}_config has no effect with init_lora_weights={init!r}.", stacklevel=4)
         if init == "loftq":
-            self.loftq_config = dict(vars(self.loftq_config)) if not isinstance(self.loftq_config, dict) else self.loftq_config
+            self.loftq_config = (
+                dict(vars(self.loftq_config)) if not isinstance(self.loftq_config, dict) else self.loftq_config
+            )
         elif self.loftq_config:
             warnings.warn(f"loftq_config has no effect with init_lora_weights={init!r}.", stacklevel=4)
             self.loftq_config = {}

@@ -57,12 +57,11 @@ class LoraLayer(AdapterLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.lora_dropout = nn.ModuleDict({})
-        self.lora_A = nn.ModuleDict({})
-        self.lora_B = nn.ModuleDict({})
-        self.lora_embedding_A = nn.ParameterDict({})
-        self.lora_embedding_B = nn.ParameterDict({})
-        self.lora_magnitude_vector = nn.ModuleDict({})
+        for slot in ("lora_dropout", "lora_A", "lora_B"):
+            setattr(self, slot, nn.ModuleDict())
+        for slot in ("lora_embedding_A", "lora_embedding_B"):
+            setattr(self, slot, nn.ParameterDict())
+        self.lora_magnitude_vector = nn.ModuleDict()
         self.use_rslora: dict[str, bool] = {}
         self.use_dora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
@@ -164,7 +163,7 @@ class LoraLayer(AdapterLayer):
         variant = known.get(asked)
         return None if variant is None else variant()
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         """Create an adapter in this layer.
 
         Args:
@@ -250,10 +249,10 @@ class LoraLayer(AdapterLayer):
             setattr(self, slot, container)
             self.adapter_layer_names = (*self.adapter_layer_names, slot)
 
-    def add_setting(self, setting: str, adapter_name: str, value: Any) -> None:
-        """Note a setting of one adapter in the dict, or container, called `setting`."""
+    def add_setting(self, setting: str, adapter_name: str, value: Any, container: nn.Module | None = None) -> None:
+        """Note something of one adapter that is not trained in the dict, or `container`, called `setting`."""
         if setting not in self.other_param_names:
-            setattr(self, setting, {})
+            setattr(self, setting, {} if container is None else container)
             self.other_param_names = (*self.other_param_names, setting)
         getattr(self, setting)[adapter_name] = value
 

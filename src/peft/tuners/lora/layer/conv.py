@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import Module
 
 from peft.engine.machine import MergeJournal, assign
 from peft.engine.method import Folded
@@ -40,11 +41,11 @@ class _ConvNd(LoraLayer, nn.Module):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: Module,
         adapter_name: str,
         config: LoraConfig,
         r: int = 0,
-        lora_alpha: int = 1,
+        lora_alpha: float = 1,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn import Module
 
 from ..inits import STARTS
 from ..variants.dora import DoraEmbeddingVariant
@@ -42,11 +43,11 @@ class Embedding(LoraLayer, nn.Module):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: Module,
         adapter_name: str,
         config: LoraConfig,
         r: int = 0,
-        lora_alpha: int = 1,
+        lora_alpha: float = 1,
         init_lora_weights: bool | str = True,
         **kwargs: Any,
     ) -> None:
@@ -60,7 +61,7 @@ class Embedding(LoraLayer, nn.Module):
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
         return {(): None, ("use_dora",): DoraEmbeddingVariant, ("mica",): MiCAEmbeddingVariant}
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         if config.lora_bias:
             raise ValueError(
                 "lora_bias=True is not possible on an embedding, which has no bias: set lora_bias=False or leave the "
@@ -100,8 +101,8 @@ class Embedding(LoraLayer, nn.Module):
         self,
         input: torch.Tensor,
         weight: torch.Tensor,
-        input_fn: Callable[[tuple[torch.Tensor]], torch.Tensor] | None = None,
-        output_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        input_fn: Callable[..., torch.Tensor] | None = None,
+        output_fn: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Look `input` up in `weight` with the base layer's settings; the functions shard and gather (tensor parallel)."""
         base = self.get_base_layer()

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import Module
 
 from peft import dora
 from peft.utils.other import transpose
 from peft.weights import BaseWeight, find_weight
 
 from ..inits import STARTS
+from ..variants.alora import ALoraLinearVariant
+from ..variants.bdlora import BdLoraLinearVariant, as_matrix
 from ..variants.dora import DoraLinearVariant
+from ..variants.kasa import KasaLinearVariant
 from ..variants.mica import MiCALinearVariant
+from ..variants.velora import VeloraLinearVariant
 from .base import LoraLayer
 
 if TYPE_CHECKING:
@@ -62,11 +67,11 @@ class LoraLinearBase(LoraLayer, nn.Module):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: Module,
         adapter_name: str,
         config: LoraConfig,
         r: int = 0,
-        lora_alpha: int = 1,
+        lora_alpha: float = 1,
         is_target_conv_1d_layer: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -89,11 +94,18 @@ class LoraLinearBase(LoraLayer, nn.Module):
             (): None,
             ("use_dora",): DoraLinearVariant,
             ("mica",): MiCALinearVariant,
+            ("kasa_config",): KasaLinearVariant,
+            ("use_bdlora",): BdLoraLinearVariant,
+            ("velora_config",): VeloraLinearVariant,
+            ("alora_invocation_tokens",): ALoraLinearVariant,
         }
 
     def _create_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return as_matrix(self.lora_A[name]), as_matrix(self.lora_B[name])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling · B A` in the base layer's own orientation: `[out, in]`, or `[in, out]` with fan_in_fan_out."""

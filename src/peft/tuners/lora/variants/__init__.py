@@ -1,6 +1,15 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """Ways of using A and B other than plain LoRA, one file an idea."""
 
+from .additive import AdditiveVariant
+from .alora import (
+    ALoraLinearVariant,
+    calculate_alora_offsets,
+    get_alora_offsets_for_forward,
+    get_alora_offsets_for_generate,
+    is_alora_relevant_in_batch,
+)
+from .bdlora import BdLoraLinearVariant, BlockDiagonalLinear
 from .dora import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -9,12 +18,29 @@ from .dora import (
     DoraLinearVariant,
     _DoraConvNdVariant,
 )
+from .kasa import KasaLinearVariant
+from .mica import MiCAEmbeddingVariant, MiCALinearVariant
+from .qalora import QALoraLinearVariant
+from .velora import VeloraLinearVariant
 
 __all__ = [
+    "ALoraLinearVariant",
+    "AdditiveVariant",
+    "BdLoraLinearVariant",
+    "BlockDiagonalLinear",
     "DoraConv1dVariant",
     "DoraConv2dVariant",
     "DoraConv3dVariant",
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
+    "KasaLinearVariant",
+    "MiCAEmbeddingVariant",
+    "MiCALinearVariant",
+    "QALoraLinearVariant",
+    "VeloraLinearVariant",
     "_DoraConvNdVariant",
+    "calculate_alora_offsets",
+    "get_alora_offsets_for_forward",
+    "get_alora_offsets_for_generate",
+    "is_alora_relevant_in_batch",
 ]

@@ -9,7 +9,6 @@ import torch
 
 from peft import dora
 from peft.engine.method import Folded
-from peft.utils.other import transpose
 
 from ..dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer, DoraEmbeddingLayer, DoraLinearLayer
 from ..layer.variant import LoraVariant
