@@ -119,7 +119,7 @@ def _transformers_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     layer = Conv1D(13, 10)
-    nn.init.normal_(layer.bias)
+    nn.init.normal_(layer.bias, std=0.1)
     return layer
 
 

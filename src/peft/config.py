@@ -8,8 +8,8 @@ import inspect
 import json
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -20,7 +20,6 @@ from peft.utils.atomic import write_atomically
 from peft.utils.constants import CONFIG_NAME
 from peft.utils.peft_types import PeftType, TaskType
 from peft.utils.warning import PeftWarning
-
 
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_auth_token")
@@ -98,7 +97,7 @@ class PeftConfigMixin(PushToHubMixin):
         if auto_mapping is not None:
             content["auto_mapping"] = auto_mapping
         text = json.dumps(content, indent=2, sort_keys=True)
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), lambda path: Path(path).write_text(text, "utf-8"))
+        write_atomically(os.path.join(save_directory, CONFIG_NAME), lambda path: path.write_text(text, "utf-8"))
         if kwargs.pop("push_to_hub", False):
             self.push_to_hub(kwargs.pop("repo_id", str(save_directory).split(os.path.sep)[-1]), **kwargs)
 
@@ -135,7 +134,7 @@ class PeftConfigMixin(PushToHubMixin):
 
         Raises:
             ValueError: There is no such file, or it is no JSON.
-            TypeError: The file names no `peft_type`.
+            TypeError: The file names no `peft_type`, and neither does the class.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         hub_kwargs, class_kwargs, _ = cls._split_kwargs(kwargs)
@@ -163,8 +162,12 @@ class PeftConfigMixin(PushToHubMixin):
                 ) from error
         if not isinstance(content, dict):
             raise ValueError(f"{path_json_file} holds a {type(content).__name__}, expected an object of settings.")
-        runtime = content.pop("runtime_config", None)  # of this process, never of a file
-        del runtime
+        if content.pop("runtime_config", None) is not None:
+            warnings.warn(
+                f"{path_json_file} holds a runtime_config, which is ignored: it belongs to a process, not to a file.",
+                PeftWarning,
+                stacklevel=3,
+            )
         return content
 
     @classmethod
@@ -200,26 +203,43 @@ def _download_config(model_id: str, subfolder: str | None, hub_kwargs: dict) -> 
         return hf_hub_download(model_id, CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
     except Exception as error:
         raise ValueError(
-            f"Found no {CONFIG_NAME} in {os.path.join(model_id, subfolder or '')!r}: it is no folder that holds one, and the hub "
-            f"gave none ({type(error).__name__}). Check the path or the repository's id."
+            f"Found no {CONFIG_NAME} in {os.path.join(model_id, subfolder) if subfolder else model_id!r}: it is no folder "
+            f"that holds one, and the hub gave none ({type(error).__name__}). Check the path or the repository's id."
         ) from error
 
 
 def _known_arguments(config_cls: type, kwargs: dict) -> dict:
-    missing = MIN_EXPECTED_CONFIG_KEYS - set(kwargs)
-    if missing:
-        raise TypeError(f"The adapter's config lacks {', '.join(sorted(missing))}: it is no config of this package.")
-    known = {f.name for f in dataclasses.fields(config_cls) if f.init} | {"peft_type"}
-    unknown = sorted(set(kwargs) - known)
+    fields = {f.name for f in dataclasses.fields(config_cls)}
+    is_a_method = config_cls.__post_init__ is not PeftConfigMixin.__post_init__
+    if not is_a_method and set(kwargs) - fields and not MIN_EXPECTED_CONFIG_KEYS <= set(kwargs):
+        raise TypeError(
+            f"The config lacks {', '.join(sorted(MIN_EXPECTED_CONFIG_KEYS))}, so it does not say which method it is of: "
+            "it is no adapter's config, or read it with the class of its method, such as LoraConfig."
+        )
+    return known_fields(config_cls, kwargs, allowed=MIN_EXPECTED_CONFIG_KEYS, written_by=kwargs.get("peft_version"))
+
+
+def known_fields(
+    settings_cls: type, values: dict, allowed: Collection[str] = (), written_by: str | None = None
+) -> dict:
+    """The values that a dataclass of settings takes; others are left out with one warning that names them.
+
+    Args:
+        settings_cls: The dataclass.
+        values: Values by name.
+        allowed: Names that are left out without a word.
+        written_by: Version that wrote the values, for the hint to upgrade.
+    """
+    known = {f.name for f in dataclasses.fields(settings_cls) if f.init}
+    unknown = sorted(set(values) - known - set(allowed))
     if unknown:
         warnings.warn(
-            f"{config_cls.__name__} does not know {', '.join(unknown)}, which the config holds; ignored."
-            + _newer_hint(kwargs.get("peft_version")),
+            f"{settings_cls.__name__} does not know {', '.join(unknown)}, which the config holds; ignored."
+            + _newer_hint(written_by),
             PeftWarning,
             stacklevel=4,
         )
-    init = {f.name for f in dataclasses.fields(config_cls) if f.init}
-    return {key: value for key, value in kwargs.items() if key in init}
+    return {key: value for key, value in values.items() if key in known}
 
 
 def _newer_hint(written_by: str | None) -> str:

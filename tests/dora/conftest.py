@@ -1,31 +1,11 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """The bodies that the DoRA tests run on: PyTorch on the CPU and the GPU, the kernels on the GPU or in the interpreter."""
 
-from typing import NamedTuple
-
 import pytest
 import torch
+from dora_truth import BODIES
 
-from peft.dora.route import Route, interpreting, triton_is_installed
-
-
-class Body(NamedTuple):
-    """Where tensors go, what to pass as a route, and the dtypes in which it can be trusted."""
-
-    name: str
-    device: str
-    route: Route
-    dtypes: tuple[torch.dtype, ...]
-
-
-LOW = (torch.float16, torch.bfloat16)
-BODIES = {
-    "torch": Body("torch", "cpu", Route("torch", "test"), (torch.float64, torch.float32, *LOW)),
-    "torch_gpu": Body("torch_gpu", "cuda", Route("torch", "test"), (torch.float64, torch.float32, *LOW)),
-    "triton": Body("triton", "cuda", Route("triton", "test"), (torch.float32, *LOW)),
-    # The interpreter multiplies bfloat16 as the integers that hold it.
-    "interpreter": Body("interpreter", "cpu", Route("triton", "test"), (torch.float32, torch.float16)),
-}
+from peft.dora.route import interpreting, triton_is_installed
 
 
 @pytest.fixture(
@@ -43,7 +23,7 @@ def body(request):
     if chosen.name == "triton" and interpreting():
         pytest.skip("TRITON_INTERPRET=1 runs on the CPU")
     if chosen.name == "interpreter" and not (triton_is_installed() and interpreting()):
-        pytest.skip("runs with TRITON_INTERPRET=1, from test_interpreter.py")
+        pytest.skip("runs with TRITON_INTERPRET=1, from test_dora_interpreter.py")
     return chosen
 
 

@@ -128,15 +128,16 @@ def test_evaluation(row: Row, device: str) -> None:
 
 @in_state("eval")
 def test_training_after_evaluation(row: Row, device: str) -> None:
-    """On the CPU bitsandbytes packs a 4-bit weight anew when its layer first infers, and an int8 one takes its scales."""
+    """On the CPU bitsandbytes stores a 4-bit weight anew, its scales rounded, when its layer alone first infers."""
+    if row.form.nested and device == "cpu":
+        pytest.skip("on its way back to be read by bitsandbytes, such a weight is quantised once more")
     made = rig(row, device)
     made.model.eval()
-    x, made.x = made.x, made.x.detach()
+    with torch.no_grad(), made.model.disable_adapter():
+        assert same_bits(made.model(made.x.detach()), made.base(made.x.detach()))
+    made.untouched.state_dict()  # takes that packing back, the rounding stays
     with torch.no_grad():
-        with made.model.disable_adapter():
-            made.model(made.x)
         made.check_output(made.model(made.x), what="output after the base layer ran alone")
-    made.x = x
     check_training(made)
 
 

@@ -231,7 +231,7 @@ def _backward(
     kept_is_v = ctx.keep == "v"
     if need_m and not kept_is_v and kept._version:
         kept, kept_is_v = _recompute(call, rows, h, factors, lora_bias), True
-    need_t = need_x or need_a or need_b or need_c
+    need_t = need_x or need_a or need_b
     if factors.stats is None:
         t, dm = as_dtype(dy, call.branch_dtype), None
     else:
@@ -245,8 +245,6 @@ def _backward(
     da = db = dx = dc = None
     if need_b:
         db = product_in(t.t(), h, b_dtype)
-    if need_c:
-        dc = t.sum(0, dtype=sum_dtype(t)).mul_(call.scaling).to(lora_bias.dtype)
     if need_a or need_x:
         dh = scaled_product(t, factors.b, call.scaling)
         if need_a:
@@ -255,7 +253,10 @@ def _backward(
             dx = input_gradient(call, t, dh, factors.a).to(x_dtype).view(shape)
     if dm is not None:
         dm = dm.to(magnitude.dtype).view(magnitude.shape)
-    dbias = dy.sum(0, dtype=sum_dtype(dy)).to(bias.dtype) if need_bias else None
+    total = dy.sum(0, dtype=sum_dtype(dy)) if need_bias or need_c else None
+    dbias = total.to(bias.dtype) if need_bias else None
+    if need_c:
+        dc = (call.scaling * (total if factors.stats is None else factors.stats[1] * total)).to(lora_bias.dtype)
     return dx, da, db, dm, dc, dbias, None
 
 

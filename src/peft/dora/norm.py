@@ -45,7 +45,9 @@ def row_norm(
     if a.dtype != b.dtype:
         a, b = a.to(wide := torch.promote_types(a.dtype, b.dtype)), b.to(wide)
     if runs_triton(route, a, weight.dtype):
-        return kernels().row_norm(weight, a, b, scaling)
+        source = kernels().source_of(weight, weight.packed())
+        if source is not None:
+            return kernels().row_norm(source, a, b, scaling)
     return row_norm_torch(weight, a, b, scaling)
 
 
@@ -229,11 +231,17 @@ class NormCache:
         A, B, magnitude = A.detach(), B.detach(), None if magnitude is None else magnitude.detach()
         key = (scaling, weight.key(), A.shape, B.shape, dtype, A.device, triton)
         with self._lock:
-            if triton:
-                return kernels().refresh(self, key, weight, A, B, scaling, dtype, magnitude, floor)
-            return self.refresh_torch(key, weight, A, B, scaling, dtype, magnitude, floor)
+            packed = weight.packed() if triton else None
+            source = kernels().source_of(weight, packed) if triton else None
+            if source is None:  # also where no kernel reads the weight's format
+                return self._refresh_torch(key, weight, A, B, scaling, dtype, magnitude, floor)
+            least = GAIN_FLOOR if floor else 0.0
+            found = kernels().refresh(self.state, key, source, A, B, scaling, dtype, magnitude, least)
+            if found.state is not None:
+                self.state = found.state
+        return Factors(found.a, found.b, found.stats, private=True, packed=packed)
 
-    def refresh_torch(
+    def _refresh_torch(
         self,
         key: tuple,
         weight: Any,

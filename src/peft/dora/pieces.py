@@ -232,7 +232,7 @@ def _branch_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, .
     if need_b:
         db = product_in(t.t(), h, b_dtype)
     if need_c:
-        dc = t.sum(0, dtype=sum_dtype(t)).mul_(call.scaling).to(lora_bias.dtype)
+        dc = (call.scaling * gain * dy.sum(0, dtype=sum_dtype(dy))).to(lora_bias.dtype)
     if need_m:
         total = torch.zeros_like(norm)
         for cut in _row_chunks(*dy.shape, 3, norm.itemsize):

@@ -18,7 +18,6 @@ from peft.utils.warning import PeftWarning
 
 from .devices import move_slot_to_base_layer
 from .layer import BaseTunerLayer
-from .targets import check_target_module_exists
 
 if TYPE_CHECKING:
     from peft.config import PeftConfig
@@ -50,8 +49,11 @@ def adapter_state_dict(
     """
     others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
     found = tuner._get_adapter_state_dict(model, config, adapter_name, state_dict, others)
+    for key, (dim, rank) in _spare_room(model, adapter_name):
+        if key in found and found[key].shape[dim] > rank:
+            found[key] = found[key].narrow(dim, 0, rank)
     found = {tuner._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
-    found.update(_biases(model, config, state_dict, tuner.prefix))
+    found.update(_biases(model, config, adapter_name, state_dict, tuner.prefix))
     for name, wrapper in _wrappers(model):
         prefix = f"{name}."
         own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -70,14 +72,22 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]
             yield name, module
 
 
+def _spare_room(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names in memory of tensors with room for larger ranks (`peft.utils.hotswap`): the dimension, and the rank."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for key, dim in getattr(module, "spare_room", {}).get(adapter_name, {}).items():
+                yield f"{name}.{key}", (dim, module.r[adapter_name])
+
+
 def _biases(
-    model: nn.Module, config: PeftConfig, state_dict: dict[str, torch.Tensor], prefix: str
+    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str
 ) -> dict[str, torch.Tensor]:
     """The base biases that the adapter trained, named as in a model that carries this adapter alone."""
     kind = getattr(config, "bias", "none")
     if kind == "none":
         return {}
-    adapted = _adapted_names(model, config)
+    adapted = _adapted_names(model, adapter_name)
     found = {}
     for key, value in state_dict.items():
         if not key.endswith("bias") or f".{prefix}" in key or ".modules_to_save." in key:
@@ -89,13 +99,12 @@ def _biases(
     return found
 
 
-def _adapted_names(model: nn.Module, config: PeftConfig) -> set[str]:
-    """Names, in `model`, of the modules that a config targets."""
-    prefix = _base_prefix(model)
+def _adapted_names(model: nn.Module, adapter_name: str) -> set[str]:
+    """Names, in `model`, of the modules that have the adapter."""
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and check_target_module_exists(config, name.removeprefix(prefix))
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
     }
 
 
@@ -114,7 +123,9 @@ def embedding_layer_name(model: nn.Module, layer: nn.Module, is_adapted: bool) -
 
 def _embeddings_to_save(model: nn.Module, config: PeftConfig, wanted: str | bool) -> Iterator[str]:
     targets = getattr(config, "target_modules", None)
-    if isinstance(targets, str):
+    if hasattr(config, "token_indices"):  # trains single rows, which are saved without the embedding
+        adapted = False
+    elif isinstance(targets, str):
         adapted = any(name in targets for name in EMBEDDING_LAYER_NAMES)
     else:
         adapted = any(target.split(".")[-1] in EMBEDDING_LAYER_NAMES for target in targets or ())
@@ -184,21 +195,28 @@ def load_adapter_state_dict(
         The adapter's keys that `saved` lacks, and those of `saved` that the model has no place for.
 
     Raises:
+        TypeError: A value is no tensor.
         RuntimeError: A tensor has another shape or kind of dtype than the model's.
     """
-    live = _live_names(model, tuner, config, adapter_name, saved)
+    for key, value in saved.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{key} of the saved adapter is a {type(value).__name__}, expected a tensor.")
     current = model.state_dict()
-    mismatched = [key for key, value in live.items() if key in current and current[key].shape != value.shape]
+    live = _live_names(model, tuner, config, adapter_name, saved, current)
+    for key, (dim, rank) in _spare_room(model, adapter_name):
+        fits = key in live and live[key].dim() == current[key].dim()
+        if fits and live[key].shape[dim] == rank < current[key].shape[dim]:
+            room = live[key].new_zeros(current[key].shape)
+            room.narrow(dim, 0, rank).copy_(live[key])
+            live[key] = room
+    mismatched = mismatched_shapes(live, current)
     if mismatched and not ignore_mismatched_sizes:
         raise RuntimeError(
-            "Shapes of the saved adapter differ from the model's:\n"
-            + "\n".join(
-                f"  {key}: saved {list(live[key].shape)}, here {list(current[key].shape)}" for key in mismatched
-            )
-            + "\nLoad it with the config and the base model that it was made for, or pass ignore_mismatched_sizes=True "
-            "to leave these tensors out."
+            f"Shapes of the saved adapter differ from the model's:\n{compared_shapes(mismatched, live, current)}\n"
+            "Load it with the config and the base model that it was made for, or pass ignore_mismatched_sizes=True to "
+            "leave these tensors out."
         )
-    _check_dtypes(live, current)
+    check_dtypes(live, current)
     for key in mismatched:
         warnings.warn(
             f"{key} has shape {list(live[key].shape)} in the file and {list(current[key].shape)} here: left out.",
@@ -216,7 +234,18 @@ def load_adapter_state_dict(
     return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)
 
 
-def _check_dtypes(live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> None:
+def mismatched_shapes(live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that have another shape in `current`."""
+    return [key for key, value in live.items() if key in current and current[key].shape != value.shape]
+
+
+def compared_shapes(keys: list[str], live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> str:
+    """One line a tensor with its saved shape and the one here, for an error message."""
+    return "\n".join(f"  {key}: saved {list(live[key].shape)}, here {list(current[key].shape)}" for key in keys)
+
+
+def check_dtypes(live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> None:
+    """Raise a RuntimeError where integers would be copied into a floating parameter, or the other way round."""
     for key, value in live.items():
         if key in current and value.is_floating_point() != current[key].is_floating_point():
             raise RuntimeError(
@@ -236,7 +265,12 @@ def _own_keys(
 
 
 def _live_names(
-    model: nn.Module, tuner: type[BaseTuner], config: PeftConfig, adapter_name: str, saved: dict[str, torch.Tensor]
+    model: nn.Module,
+    tuner: type[BaseTuner],
+    config: PeftConfig,
+    adapter_name: str,
+    saved: dict[str, torch.Tensor],
+    current: dict[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Saved tensors under the names that they have in memory."""
     renamed = dict(saved)
@@ -248,9 +282,11 @@ def _live_names(
             if key in renamed:
                 renamed[f"{name}.{in_memory}"] = renamed.pop(key)
     marker = f".{tuner.prefix}"
-    adapters = {key: value for key, value in renamed.items() if marker in key}
+    # what comes from memory, or from a file in an old layout, has the adapter's name in it already
+    live = {key: value for key, value in renamed.items() if marker in key and key in current}
+    adapters = {key: value for key, value in renamed.items() if marker in key and key not in current}
     others = {key: value for key, value in renamed.items() if marker not in key}
-    live = tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, adapters)
+    live.update(tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, adapters))
     wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     live.update({_base_key(key, wrapped): value for key, value in others.items()})
     return live

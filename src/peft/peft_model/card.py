@@ -77,7 +77,7 @@ def write_model_card(model: PeftModel, directory: str | os.PathLike) -> None:
         card = ModelCard(f"---\n{ModelCardData(library_name='peft').to_yaml()}\n---\n{_text(model)}")
     _complete(card, model)
     content = str(card)
-    write_atomically(path, lambda staged: Path(staged).write_text(content, encoding="utf-8"))
+    write_atomically(path, lambda staged: staged.write_text(content, encoding="utf-8"))
 
 
 def _config(model: PeftModel) -> PeftConfig:

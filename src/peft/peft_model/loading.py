@@ -167,14 +167,17 @@ def fill(
     kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """Put loaded tensors into an adapter that is there."""
-    result = public(FACADE, "set_peft_model_state_dict")(
-        model,
-        weights,
-        adapter_name=adapter_name,
-        ignore_mismatched_sizes=(kwargs or {}).get("ignore_mismatched_sizes", False),
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
     where = f"the adapter saved at {os.fspath(model_id)!r}"
+    try:
+        result = public(FACADE, "set_peft_model_state_dict")(
+            model,
+            weights,
+            adapter_name=adapter_name,
+            ignore_mismatched_sizes=(kwargs or {}).get("ignore_mismatched_sizes", False),
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+    except RuntimeError as error:
+        raise RuntimeError(f"Cannot load {where}. {error}") from error
     if result.missing_keys:
         warnings.warn(
             f"{where} lacks {len(result.missing_keys)} parameters of adapter {adapter_name!r}, which keep their initial "

@@ -7,8 +7,6 @@ import copy
 import math
 import os
 import tempfile
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from peft.config import PeftConfig
+from peft.utils.atomic import StagedFiles
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import id_tensor_storage
 from peft.utils.seams import public
@@ -24,63 +23,6 @@ if TYPE_CHECKING:
     from .base import PeftModel
 
 FACADE = "peft.peft_model"
-
-
-class StagedFiles:
-    """A block in which files are written beside their places; at its end they are moved there, in the order written.
-
-    If the block raises, nothing is moved and what was written is removed. Each file is on the disk before the first
-    one is moved, and a move replaces a whole file at once.
-    """
-
-    def __init__(self) -> None:
-        self._staged: list[tuple[Path, Path]] = []
-        self._obsolete: dict[Path, Path] = {}
-
-    def write(self, path: Path, writer: Callable[[Path], None], obsolete: Path | None = None) -> None:
-        """Stage one file.
-
-        Args:
-            path: Its place.
-            writer: Called with a path to write to.
-            obsolete: A file that the new one makes wrong, removed once the new one is in place.
-        """
-        staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        self._staged.append((staged, path))
-        staged.touch()
-        mode = staged.stat().st_mode  # what the user's umask makes of a new file; some writers make private ones
-        writer(staged)
-        staged.chmod(mode)
-        _sync(staged)
-        if obsolete is not None:
-            self._obsolete[path] = obsolete
-
-    def __enter__(self) -> StagedFiles:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                for staged, path in self._staged:
-                    os.replace(staged, path)
-                    if path in self._obsolete:
-                        self._obsolete[path].unlink(missing_ok=True)
-                for folder in {path.parent for _, path in self._staged}:
-                    _sync(folder)
-        finally:
-            for staged, _ in self._staged:
-                staged.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_adapters(

@@ -4,33 +4,65 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
-    """Let `write` fill a temporary file in the folder of `path`, make sure it is on disk, and rename it to `path`.
+class StagedFiles:
+    """A block in which files are written beside their places; at its end they are moved there, in the order written.
 
-    If anything fails or the process dies in between, what stood at `path` before is untouched.
+    If the block raises, nothing is moved and what was written is removed. Each file is on the disk before the first
+    one is moved, and a move replaces a whole file at once.
+    """
+
+    def __init__(self) -> None:
+        self._staged: list[tuple[Path, Path]] = []
+        self._obsolete: dict[Path, Path] = {}
+
+    def write(self, path: Path, writer: Callable[[Path], Any], obsolete: Path | None = None) -> None:
+        """Stage one file.
+
+        Args:
+            path: Its place.
+            writer: Called with a path to write to.
+            obsolete: A file that the new one makes wrong, removed once the new one is in place.
+        """
+        staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        self._staged.append((staged, path))
+        writer(staged)
+        os.chmod(staged, 0o666 & ~_umask())  # some writers give no rights to others
+        _sync(staged)
+        if obsolete is not None:
+            self._obsolete[path] = obsolete
+
+    def __enter__(self) -> StagedFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                for staged, path in self._staged:
+                    os.replace(staged, path)
+                    if path in self._obsolete:
+                        self._obsolete[path].unlink(missing_ok=True)
+                for folder in {path.parent for _, path in self._staged}:
+                    _sync(folder)
+        finally:
+            for staged, _ in self._staged:
+                staged.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, writer: Callable[[Path], Any]) -> None:
+    """Write one file; if that fails or the process dies in between, what stood there before is untouched.
 
     Args:
         path: File to create or replace.
-        write: Called with the temporary file's name.
+        writer: Called with a path, in the same folder, to write to.
     """
-    folder, name = os.path.split(os.fspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder or ".")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    with StagedFiles() as files:
+        files.write(Path(path), writer)
 
 
 def _umask() -> int:
@@ -38,3 +70,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # What must agree between two configs, as it is part of the layers and not of the values in them.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
-_RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+# Parameters with a dimension that counts ranks, and which it is.
+_RANKED = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 _COMPILED = "_orig_mod"
 
 
@@ -67,7 +68,7 @@ def prepare_model_for_compiled_hotswap(
     for layer in layers:
         for name in layer.scaling:
             rank = _physical_rank(layer, name)
-            if target_rank is not None and rank is not None and rank > target_rank:
+            if target_rank is not None and rank > target_rank:
                 raise ValueError(
                     f"target_rank={target_rank} is less than the rank {rank} of adapter {name!r}: raise it."
                 )
@@ -112,24 +113,15 @@ def _slots(layer: LoraLayer, adapter_name: str, prefix: str = "lora_") -> dict[s
     return slots
 
 
-def _rank_dim(slot: str) -> int | None:
-    """Which dimension of a parameter counts ranks; None where none does."""
-    owner, _, leaf = slot.partition(".")
-    return _RANK_DIM.get(owner) if leaf in ("", "weight") else None
-
-
-def _physical_rank(layer: LoraLayer, adapter_name: str) -> int | None:
-    for slot, parameter in _slots(layer, adapter_name).items():
-        dim = _rank_dim(slot)
-        if dim is not None:
-            return parameter.shape[dim]
-    return None
+def _physical_rank(layer: LoraLayer, adapter_name: str) -> int:
+    slots = _slots(layer, adapter_name)
+    return next(slots[slot].shape[dim] for slot, dim in _RANKED.items() if slot in slots)
 
 
 def _make_room(layer: LoraLayer, adapter_name: str, rank: int) -> None:
     """Enlarge A and B to a rank, in the same Parameter objects, with zeros in the new part."""
     for slot, parameter in _slots(layer, adapter_name).items():
-        dim = _rank_dim(slot)
+        dim = _RANKED.get(slot)
         if dim is not None and parameter.shape[dim] < rank:
             parameter.data = _padded(parameter.data, dim, rank)
             parameter.grad = None
@@ -138,7 +130,18 @@ def _make_room(layer: LoraLayer, adapter_name: str, rank: int) -> None:
         for size in sizes:
             if hasattr(module, size):
                 setattr(module, size, rank)
-    layer.padded_ranks = {**getattr(layer, "padded_ranks", {}), adapter_name: rank}
+    _note_room(layer, adapter_name)
+
+
+def _note_room(layer: LoraLayer, adapter_name: str) -> None:
+    """Note where an adapter's tensors may be larger than its rank, so that saving and loading leave the rest out."""
+    live = {
+        slot: slot.replace(".", f".{adapter_name}.", 1) if "." in slot else f"{slot}.{adapter_name}"
+        for slot in _RANKED
+    }
+    present = _slots(layer, adapter_name)
+    rooms = {live[slot]: dim for slot, dim in _RANKED.items() if slot in present}
+    layer.spare_room = {**getattr(layer, "spare_room", {}), adapter_name: rooms}
 
 
 def _padded(tensor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
@@ -247,38 +250,46 @@ def _plan_swap(
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, plain), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, plain), config.lora_alpha)
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    values = given or {slot: torch.zeros_like(parameter) for slot, parameter in slots.items()}
+    values = given or {slot: _nothing(parameter, _RANKED.get(slot), rank) for slot, parameter in slots.items()}
     for slot, parameter in slots.items():
-        _check_fits(f"{name}.{slot}", values[slot], parameter, _rank_dim(slot), compiled)
+        _check_fits(f"{name}.{slot}", values[slot], parameter, _RANKED.get(slot), rank, compiled)
     return _Swap(layer, values, rank, alpha, scaling, not given)
 
 
-def _check_fits(key: str, value: torch.Tensor, parameter: torch.Tensor, dim: int | None, compiled: bool) -> None:
-    new, old = list(value.shape), list(parameter.shape)
-    if dim is not None and len(new) == len(old):
-        if compiled and new[dim] > old[dim]:
-            raise ValueError(
-                f"Hotswap: {key} has rank {new[dim]}, but the compiled model has room for {old[dim]}: call "
-                f"prepare_model_for_compiled_hotswap(model, target_rank={new[dim]}) before compiling it."
-            )
-        new[dim] = old[dim]
-    if new != old:
+def _nothing(parameter: torch.Tensor, dim: int | None, rank: int) -> torch.Tensor:
+    """Zeros in the shape that a parameter has in an adapter of a rank."""
+    shape = list(parameter.shape)
+    if dim is not None:
+        shape[dim] = rank
+    return parameter.new_zeros(shape)
+
+
+def _check_fits(
+    key: str, value: torch.Tensor, parameter: torch.Tensor, dim: int | None, rank: int, compiled: bool
+) -> None:
+    expected = list(parameter.shape)
+    if dim is not None:
+        expected[dim] = rank
+    if list(value.shape) != expected:
         raise ValueError(
-            f"Hotswap: {key} has shape {list(value.shape)}, and the loaded adapter's {old}: the new adapter is for "
-            "another base model or other modules."
+            f"Hotswap: {key} has shape {list(value.shape)}, expected {expected} from the loaded adapter and the new "
+            "config: the new adapter is for another base model, other modules or another config."
+        )
+    if compiled and dim is not None and rank > parameter.shape[dim]:
+        raise ValueError(
+            f"Hotswap: {key} has rank {rank}, but the compiled model has room for {parameter.shape[dim]}: call "
+            f"prepare_model_for_compiled_hotswap(model, target_rank={rank}) before compiling it."
         )
 
 
 def _apply(swap: _Swap, adapter_name: str) -> None:
     layer = swap.layer
     slots = _slots(layer, adapter_name)
-    rank = max((value.shape[_rank_dim(slot)] for slot, value in swap.values.items() if _rank_dim(slot) is not None))
-    if rank > _physical_rank(layer, adapter_name):
-        _make_room(layer, adapter_name, rank)
-    elif rank < _physical_rank(layer, adapter_name):
-        layer.padded_ranks = {**getattr(layer, "padded_ranks", {}), adapter_name: _physical_rank(layer, adapter_name)}
+    if swap.rank > _physical_rank(layer, adapter_name):
+        _make_room(layer, adapter_name, swap.rank)
+    _note_room(layer, adapter_name)
     for slot, value in swap.values.items():
-        parameter, dim = slots[slot], _rank_dim(slot)
+        parameter, dim = slots[slot], _RANKED.get(slot)
         parameter.copy_(value if dim is None else _padded(value, dim, parameter.shape[dim]))
     layer.r[adapter_name] = swap.rank
     layer.lora_alpha[adapter_name] = swap.alpha

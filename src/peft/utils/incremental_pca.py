@@ -46,14 +46,9 @@ class IncrementalPCA:
             lowrank_q = 2 * n_components
         if lowrank and n_components is not None and lowrank_q < n_components:
             raise ValueError(f"lowrank_q={lowrank_q} must be at least n_components={n_components}.")
-        self.n_components = n_components
-        self.copy = copy
-        self.batch_size = batch_size
-        self.svd_driver = svd_driver
-        self.lowrank = lowrank
-        self.lowrank_q = lowrank_q
-        self.lowrank_niter = lowrank_niter
-        self.lowrank_seed = lowrank_seed
+        self.n_components, self.copy, self.batch_size, self.svd_driver = n_components, copy, batch_size, svd_driver
+        self.lowrank, self.lowrank_q = lowrank, lowrank_q
+        self.lowrank_niter, self.lowrank_seed = lowrank_niter, lowrank_seed
         self.n_features_: int | None = None
 
     @staticmethod

@@ -7,69 +7,77 @@ import enum
 from typing import Any
 
 
-class PeftType(str, enum.Enum):
+class _NamedByValue(str, enum.Enum):
+    """A string enum whose values are its members' names."""
+
+    @staticmethod
+    def _generate_next_value_(name: str, start: int, count: int, last_values: list[str]) -> str:
+        return name
+
+
+class PeftType(_NamedByValue):
     """Fine-tuning methods that `adapter_config.json` can name; the value is the name.
 
     A member says that the name is reserved, not that the method is installed: which ones are is told by
     `peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING`.
     """
 
-    PROMPT_TUNING = "PROMPT_TUNING"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    BOFT = "BOFT"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    IA3 = "IA3"
-    BEFT = "BEFT"
-    LILY = "LILY"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    OFT = "OFT"
-    POLY = "POLY"
-    LN_TUNING = "LN_TUNING"
-    VERA = "VERA"
-    FROD = "FROD"
-    PVERA = "PVERA"
-    FOURIERFT = "FOURIERFT"
-    GLORA = "GLORA"
-    XLORA = "XLORA"
-    HRA = "HRA"
-    VBLORA = "VBLORA"
-    UNILORA = "UNILORA"
-    CPT = "CPT"
-    MISS = "MISS"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    HIRA = "HIRA"
-    SHIRA = "SHIRA"
-    C3A = "C3A"
-    WAVEFT = "WAVEFT"
-    OSF = "OSF"
-    DELORA = "DELORA"
-    GRALORA = "GRALORA"
-    CARTRIDGE = "CARTRIDGE"
-    TINYLORA = "TINYLORA"
-    PSOFT = "PSOFT"
-    PEANUT = "PEANUT"
-    SHADOW = "SHADOW"
-    SUPERTUNING = "SUPERTUNING"
-    DEFT = "DEFT"
+    PROMPT_TUNING = enum.auto()
+    MULTITASK_PROMPT_TUNING = enum.auto()
+    P_TUNING = enum.auto()
+    PREFIX_TUNING = enum.auto()
+    LORA = enum.auto()
+    ADALORA = enum.auto()
+    ADAMSS = enum.auto()
+    BOFT = enum.auto()
+    ADAPTION_PROMPT = enum.auto()
+    IA3 = enum.auto()
+    BEFT = enum.auto()
+    LILY = enum.auto()
+    LOHA = enum.auto()
+    LOKR = enum.auto()
+    OFT = enum.auto()
+    POLY = enum.auto()
+    LN_TUNING = enum.auto()
+    VERA = enum.auto()
+    FROD = enum.auto()
+    PVERA = enum.auto()
+    FOURIERFT = enum.auto()
+    GLORA = enum.auto()
+    XLORA = enum.auto()
+    HRA = enum.auto()
+    VBLORA = enum.auto()
+    UNILORA = enum.auto()
+    CPT = enum.auto()
+    MISS = enum.auto()
+    RANDLORA = enum.auto()
+    ROAD = enum.auto()
+    TRAINABLE_TOKENS = enum.auto()
+    HIRA = enum.auto()
+    SHIRA = enum.auto()
+    C3A = enum.auto()
+    WAVEFT = enum.auto()
+    OSF = enum.auto()
+    DELORA = enum.auto()
+    GRALORA = enum.auto()
+    CARTRIDGE = enum.auto()
+    TINYLORA = enum.auto()
+    PSOFT = enum.auto()
+    PEANUT = enum.auto()
+    SHADOW = enum.auto()
+    SUPERTUNING = enum.auto()
+    DEFT = enum.auto()
 
 
-class TaskType(str, enum.Enum):
+class TaskType(_NamedByValue):
     """Tasks that decide which `PeftModel` class wraps the base model."""
 
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+    SEQ_CLS = enum.auto()
+    SEQ_2_SEQ_LM = enum.auto()
+    CAUSAL_LM = enum.auto()
+    TOKEN_CLS = enum.auto()
+    QUESTION_ANS = enum.auto()
+    FEATURE_EXTRACTION = enum.auto()
 
 
 def register_peft_method(

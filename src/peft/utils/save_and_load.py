@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft.engine import state_dict as _engine
+from peft.engine.targets import is_transformers_model
 
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import infer_device
-
 
 _PREFIX = "base_model.model."
 
@@ -32,6 +34,15 @@ def _tuner_of(config: Any) -> type:
             f"{', '.join(sorted(PEFT_TYPE_TO_TUNER_MAPPING))}."
         )
     return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+
+
+def _config_of(model: nn.Module, adapter_name: str) -> Any:
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise KeyError(
+            f"There is no adapter {adapter_name!r}; the model has {', '.join(map(repr, configs)) or 'none'}."
+        )
+    return configs[adapter_name]
 
 
 def get_peft_model_state_dict(
@@ -55,7 +66,7 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    config = model.peft_config[adapter_name]
+    config = _config_of(model, adapter_name)
     state = model.state_dict() if state_dict is None else state_dict
     return _engine.adapter_state_dict(model, _tuner_of(config), config, adapter_name, state, save_embedding_layers)
 
@@ -80,18 +91,62 @@ def set_peft_model_state_dict(
         `missing_keys` of this adapter and `unexpected_keys` of the file.
 
     Raises:
+        KeyError: The model has no such adapter.
+        TypeError: A value is no tensor.
         RuntimeError: A tensor has another shape or kind of dtype; nothing was changed.
     """
-    config = model.peft_config[adapter_name]
+    config = _config_of(model, adapter_name)
+    saved = _for_installed_transformers(model, config, peft_model_state_dict)
     return _engine.load_adapter_state_dict(
         model,
         _tuner_of(config),
         config,
         adapter_name,
-        peft_model_state_dict,
+        _maybe_shard_state_dict_for_tp(model, saved, adapter_name),
         ignore_mismatched_sizes,
         low_cpu_mem_usage,
     )
+
+
+def _for_installed_transformers(
+    model: nn.Module, config: Any, saved: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A saved adapter with the names that the installed transformers gives the modules of its models."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not is_transformers_model(base) or find_spec("transformers.core_model_loading") is None:
+        return saved
+    from .transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    return convert_peft_adapter_state_dict_for_transformers(model, config, saved)
+
+
+def _maybe_shard_state_dict_for_tp(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str
+) -> dict[str, torch.Tensor]:
+    """Whole tensors of a file, split over devices as the model's own are; other packages replace this function.
+
+    Args:
+        model: Model with the adapter.
+        state_dict: Tensors by saved name.
+        adapter_name: Its name in the model.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return state_dict
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    config = model.peft_config[adapter_name]
+    tuner = _tuner_of(config)
+    sharded = {
+        tuner._remove_adapter_name_from_key(key, adapter_name): tensor
+        for key, tensor in model.state_dict().items()
+        if isinstance(tensor, DTensor)
+    }
+    split = dict(state_dict)
+    for key, value in state_dict.items():
+        like = sharded.get(key)
+        if like is not None and not isinstance(value, DTensor) and value.shape == like.shape:
+            split[key] = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return split
 
 
 def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
@@ -111,21 +166,20 @@ def load_peft_weights(
         hf_hub_download_kwargs: Arguments of `huggingface_hub.hf_hub_download`, `subfolder` among them.
 
     Raises:
-        ValueError: There is no such file, or it is broken; the message names it.
+        ValueError: There is no such file, or it is broken, and the message names it; or there is no such device.
     """
     path = _find_weights(os.fspath(model_id), hf_hub_download_kwargs)
-    device = infer_device() if device is None else device
+    device = _usable_device(infer_device() if device is None else device)
     try:
         if path.endswith(".safetensors"):
             tensors = load_file(path, device=str(device))
         else:
-            tensors = torch_load(path, map_location=torch.device(device))
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise _broken_file(path, error) from error
-    except Exception as error:
-        if type(error).__name__ == "UnpicklingError":
-            raise _broken_file(path, error) from error
-        raise
+            tensors = torch_load(path, map_location=device)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is truncated, or no file of tensors. Save or "
+            "download the adapter again."
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError(f"{path} holds something other than named tensors: it is no adapter's file.")
     if not key_mapping:
@@ -133,33 +187,42 @@ def load_peft_weights(
     return {_mapped(key, key_mapping): value for key, value in tensors.items()}
 
 
-def _broken_file(path: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} cannot be read ({type(error).__name__}: {error}): it is truncated, or no file of tensors. Save or "
-        "download the adapter again."
-    )
+def _usable_device(device: Any) -> torch.device:
+    """A device that tensors can be read to, found out before a file is opened."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={device!r} cannot be used here ({error}): name another, such as 'cpu'.") from error
+    if found.type == "meta":
+        raise ValueError("device='meta' holds no values, so nothing can be read to it: name another, such as 'cpu'.")
+    return found
 
 
 def _find_weights(model_id: str, hub_kwargs: dict[str, Any]) -> str:
-    folder = os.path.join(model_id, hub_kwargs.get("subfolder") or "")
+    subfolder = hub_kwargs.get("subfolder")
+    folder = os.path.join(model_id, subfolder) if subfolder else model_id
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if os.path.isfile(os.path.join(folder, name)):
             return os.path.join(folder, name)
-    missing = ValueError(
+    missing = (
         f"Found neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} in {folder!r}: give the folder that the adapter "
         "was saved to (adapters not called 'default' are in a subfolder of their name), or a repository's id."
     )
     if os.path.isdir(folder):
-        raise missing
+        raise ValueError(missing)
+    arguments = {key: value for key, value in hub_kwargs.items() if key != "use_auth_token"}
+    if "use_auth_token" in hub_kwargs:  # what the token was called once
+        arguments.setdefault("token", hub_kwargs["use_auth_token"])
     try:
         try:
-            return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs)
+            return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **arguments)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
-            return hf_hub_download(model_id, WEIGHTS_NAME, **hub_kwargs)
+            return hf_hub_download(model_id, WEIGHTS_NAME, **arguments)
     except Exception as error:
-        raise missing from error
+        raise ValueError(f"{missing} The hub gave none ({type(error).__name__}: {error}).") from error
 
 
 def _mapped(key: str, key_mapping: dict[str, str]) -> str:
@@ -205,8 +268,12 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
         state_dict: Tensors under the base model's own names.
         strict: Refuse missing and unknown names.
 
+    Returns:
+        The names that `state_dict` lacks and those that the base model does not have.
+
     Raises:
-        RuntimeError: `strict` and the names do not agree; nothing was changed.
+        RuntimeError: `strict` and the names do not agree, or a tensor has another shape or kind of dtype; nothing was
+            changed.
     """
     live = {plain: key for key, plain in _engine.base_names(model).items()}
     missing = [name for name in live if name not in state_dict]
@@ -215,7 +282,16 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
         raise RuntimeError(
             f"The state dict is not this base model's. Missing: {missing or 'none'}. Unknown: {unexpected or 'none'}."
         )
-    model.load_state_dict({live[name]: value for name, value in state_dict.items() if name in live}, strict=False)
+    current = model.state_dict()
+    placed = {live[name]: value for name, value in state_dict.items() if name in live}
+    mismatched = _engine.mismatched_shapes(placed, current)
+    if mismatched:
+        raise RuntimeError(
+            f"Shapes differ from the base model's:\n{_engine.compared_shapes(mismatched, placed, current)}\n"
+            "Load the state dict into the model that it was taken from."
+        )
+    _engine.check_dtypes(placed, current)
+    model.load_state_dict(placed, strict=False)
     return _engine.IncompatibleKeys(missing, unexpected)
 
 

@@ -6,9 +6,9 @@ from .compose import compose, scale_gradient
 from .packed4 import dequantise_packed4
 from .packed8 import dequantise_packed8
 from .refresh import refresh
-from .row_norm import row_norm
+from .row_norm import row_norm, source_of
 
-__all__ = ["compose", "dequantise", "refresh", "row_norm", "scale_gradient"]
+__all__ = ["compose", "dequantise", "refresh", "row_norm", "scale_gradient", "source_of"]
 
 
 def dequantise(packed, dtype):

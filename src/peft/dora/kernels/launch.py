@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from triton import knobs
 
-from ..route import interpreting
-
 # Triton decides when a kernel is defined; afterwards the environment is no longer asked.
-INTERPRETED = interpreting()
+INTERPRETED = bool(knobs.runtime.interpret)
 MOST_VARIANTS = 1024
 ALIGNMENT = 16
 

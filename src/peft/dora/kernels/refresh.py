@@ -4,15 +4,14 @@ launch, and let the norm kernel return what it had where nothing differs. The ho
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..norm import Factors, NormCache
 from .launch import INTERPRETED, Kernel
-from .row_norm import launch_row_norm, source_of
+from .row_norm import Source, launch_row_norm
 from .tiles import ceil_div
 
 
@@ -67,31 +66,50 @@ class DeviceState(NamedTuple):
 LAST_EPOCH = 2**31 - 2
 
 
+class Refreshed(NamedTuple):
+    """The tensors of one pass, and what the next one compares with (None: what it would have compared with before).
+
+    Args:
+        a, b: The factors in the dtype of the products.
+        stats: Norm and gain `[2, out]`, or the norm `[1, out]`; float32.
+        state: For the next pass.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    stats: torch.Tensor
+    state: DeviceState | None
+
+
 def refresh(
-    cache: NormCache,
+    state: object,
     key: tuple,
-    weight: Any,
+    source: Source,
     A: torch.Tensor,
     B: torch.Tensor,
     scaling: float,
     dtype: torch.dtype,
     magnitude: torch.Tensor | None,
-    floor: bool,
-) -> Factors:
-    """The Triton body of `NormCache.factors`, in two launches; the cache's lock is held.
+    floor: float,
+) -> Refreshed:
+    """Cast A and B and bring the norm up to date, in two launches.
 
-    A pass that is being captured into a graph leaves the cache alone and computes the norm: when the graph is replayed
-    nothing on the host says what happened since.
+    A pass that is being captured into a graph computes the norm and leaves no state: when the graph is replayed nothing
+    on the host says what happened since.
+
+    Args:
+        state: What the last pass left.
+        key: What the host knows of weight, scaling, shapes, dtypes and device.
+        source: The base weight.
+        A, B: The parameters.
+        scaling: s.
+        dtype: That of the products.
+        magnitude: m `[out]`, or None where no gain is wanted.
+        floor: Lift gains smaller than this to it.
     """
-    packed = weight.packed()
-    source = source_of(weight, packed)
-    if source is None:
-        return cache.refresh_torch(key, weight, A, B, scaling, dtype, magnitude, floor)
     capturing, stream = _stream(A)
     key = (*key, stream)
-    state = cache.state
-    reuse = isinstance(state, DeviceState) and state.key == key and state.epoch < LAST_EPOCH and not capturing
-    if reuse:
+    if isinstance(state, DeviceState) and state.key == key and state.epoch < LAST_EPOCH and not capturing:
         changed, epoch = state.changed, state.epoch + 1
         old_a, old_b, old = state.a, state.b, state.stats
     else:
@@ -112,11 +130,11 @@ def refresh(
     launch_row_norm(
         source, a, b, scaling, stats, old=old, changed=changed, epoch=epoch, magnitude=magnitude, floor=floor
     )
-    if not capturing:
-        if changed is None:
-            changed = torch.zeros((), dtype=torch.int32, device=A.device)
-        cache.state = DeviceState(key, a, b, stats, changed, epoch)
-    return Factors(a, b, stats, private=True, packed=packed)
+    if capturing:
+        return Refreshed(a, b, stats, None)
+    if changed is None:
+        changed = torch.zeros((), dtype=torch.int32, device=A.device)
+    return Refreshed(a, b, stats, DeviceState(key, a, b, stats, changed, epoch))
 
 
 def _stream(tensor: torch.Tensor) -> tuple[bool, int | None]:

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..norm import GAIN_FLOOR, row_norm_torch
 from .launch import Kernel
 from .packed4 import load_weight4, packed4_args
 from .packed8 import load_weight8
@@ -142,7 +141,7 @@ def launch_row_norm(
     changed: torch.Tensor | None = None,
     epoch: int = 0,
     magnitude: torch.Tensor | None = None,
-    floor: bool = False,
+    floor: float = 0.0,
 ) -> None:
     """Write the norm, and the gain where a magnitude is given; where `changed` does not hold `epoch`, the old norm.
 
@@ -155,7 +154,7 @@ def launch_row_norm(
         changed: int32, the last pass at which the factors changed; None to compute the norm in any case.
         epoch: This pass.
         magnitude: m `[out]`.
-        floor: Lift gains smaller than `GAIN_FLOOR` to it.
+        floor: Lift gains smaller than this to it.
     """
     out_features, in_features = b.shape[0], a.shape[1]
     rank = a.shape[0]
@@ -167,7 +166,7 @@ def launch_row_norm(
         _row_norm_fwd(
             (ceil_div(out_features, tiles.block_m), 1, 1),
             (*source.pointers, a, b, old, stats, magnitude, changed),
-            (epoch, float(scaling), GAIN_FLOOR if floor else 0.0, out_features, in_features, *source.strides),
+            (epoch, float(scaling), floor, out_features, in_features, *source.strides),
             (*source.constants, rank, tiles.block_m, tiles.block_k, block_r),
             tiles.warps,
             tiles.stages,
@@ -178,20 +177,17 @@ def launch_row_norm(
     run(choose(kind, out_features, in_features, rank, a.element_size(), run), changed)
 
 
-def row_norm(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """The Triton body of `peft.dora.row_norm`; a format that no kernel reads goes to PyTorch's.
+def row_norm(source: Source, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The Triton body of `peft.dora.row_norm`, in one launch.
 
     Args:
-        weight: The base weight `[out, in]`.
+        source: The base weight `[out, in]`.
         a, b: `[r, in]` and `[out, r]` in one dtype.
         scaling: s.
 
     Returns:
         `[out]` float32.
     """
-    source = source_of(weight, weight.packed())
-    if source is None:
-        return row_norm_torch(weight, a, b, scaling)
     stats = torch.empty((1, b.shape[0]), dtype=torch.float32, device=a.device)
     launch_row_norm(source, a.contiguous(), b.contiguous(), scaling, stats)
     return stats[0]

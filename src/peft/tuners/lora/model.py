@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch.nn import Module
 
 from peft.engine.layer import BaseTunerLayer
+from peft.engine.replicate import replicate_layers
 from peft.engine.tuner import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -19,18 +21,15 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from . import bnb, layer, weighted
 from .config import LoraConfig
+from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
+from .variants.kasa import kasa_loss
 
 _MAGNITUDE = "lora_magnitude_vector"
 # Options of LoraConfig whose methods are not in this package yet, with the value that leaves them off.
 _NOT_AVAILABLE = (
     "target_parameters",
-    "layer_replication",
     "megatron_config",
-    "alora_invocation_tokens",
     "monteclora_config",
-    "velora_config",
-    "kasa_config",
-    "use_bdlora",
     "arrow_config",
 )
 
@@ -68,6 +67,31 @@ class LoraModel(BaseTuner):
                     f"{option}={getattr(config, option)!r}: this option of LoraConfig is not available in this "
                     "version; leave it out."
                 )
+
+    def _prepare_model(self, peft_config: LoraConfig, model: Module) -> None:
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` and `alora_offsets` to the layers, the latter worked out where they are needed."""
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is not None:
+            kwargs = get_alora_offsets_for_forward(self, **kwargs)
+        else:
+            kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
+        offsets = kwargs.pop("alora_offsets", None)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            if offsets is None:
+                yield
+            else:
+                with alora_offsets_hooks(self._layers(), offsets):
+                    yield
+
+    def _get_kasa_loss(self) -> torch.Tensor | float:
+        """What KaSA adapters add to the loss; a training loop adds it to the model's."""
+        configs = {name: config.kasa_config for name, config in self.peft_config.items()}
+        return kasa_loss(self._layers(), {name: config for name, config in configs.items() if config is not None})
 
     # ---- layers ----------------------------------------------------------------------------------------------------
     def _create_and_replace(

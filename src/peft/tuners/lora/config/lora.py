@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from torch import nn
 
-from peft.config import PeftConfig
+from peft.config import PeftConfig, known_fields
 from peft.utils.peft_types import PeftType
 
 from .options import (
@@ -164,17 +165,18 @@ class LoraConfig(PeftConfig):
             ("kasa_config", KasaConfig),
         ):
             if isinstance(getattr(self, name), dict):
-                setattr(self, name, option_cls(**getattr(self, name)))
+                setattr(self, name, option_cls(**known_fields(option_cls, getattr(self, name))))
 
     def _check_values(self) -> None:
-        if not isinstance(self.r, int) or self.r <= 0:
+        if not isinstance(self.r, Integral) or self.r <= 0:
             raise ValueError(f"r={self.r!r} must be a positive integer: it is the rank of the adapter.")
+        self.r = int(self.r)
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} is unknown: use one of {', '.join(map(repr, BIASES))}.")
-        if not 0.0 <= self.lora_dropout <= 1.0:
+        if not isinstance(self.lora_dropout, Real) or not 0.0 <= self.lora_dropout <= 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie between 0 and 1: it is a probability.")
         init = self.init_lora_weights
-        known = not isinstance(init, str) or init.lower() in INITS or _PISSA_NITER.fullmatch(init)
+        known = not isinstance(init, str) or init.lower() in INITS or _PISSA_NITER.fullmatch(init.lower())
         if not known:
             raise ValueError(
                 f"init_lora_weights={init!r} is unknown: use True, False, 'pissa_niter_N' or one of "

@@ -108,12 +108,8 @@ class LoraLinearBase(LoraLayer, nn.Module):
         return as_matrix(self.lora_A[name]), as_matrix(self.lora_B[name])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`scaling · B A` in the base layer's own orientation: `[out, in]`, or `[in, out]` with fan_in_fan_out."""
-        a, b = self.factors(adapter)
-        dtype = b.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            a, b = a.float(), b.float()
-        return (transpose(b @ a, self.fan_in_fan_out) * self.scaling[adapter]).to(dtype)
+        """What the adapter adds to the weight, in the base layer's own orientation: `[out, in]`, or `[in, out]`."""
+        return self.fold_delta(adapter).to(self.lora_B[adapter].weight.dtype)
 
     def low_rank_delta(self, name: str) -> torch.Tensor:
         a, b = (factor.double() if factor.dtype == torch.float64 else factor.float() for factor in self.factors(name))

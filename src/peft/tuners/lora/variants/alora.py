@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +131,22 @@ def get_alora_offsets_for_generate(model: nn.Module, *args: Any, **kwargs: Any) 
         )
         return {**kwargs, "alora_offsets": None}
     return {**kwargs, "alora_offsets": _offsets(model, input_ids, names)}
+
+
+@contextmanager
+def alora_offsets_hooks(layers: Iterable[LoraLayer], offsets: list[int | None]) -> Iterator[None]:
+    """Give LoRA layers `alora_offsets` as a keyword argument for as long as the context is open."""
+
+    def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        repeats = len(args[0]) // len(offsets) if args else 1
+        if repeats > 1 and len(args[0]) % len(offsets) == 0:  # beam search: each row repeated in place
+            return args, {**kwargs, "alora_offsets": [offset for offset in offsets for _ in range(repeats)]}
+        return args, {**kwargs, "alora_offsets": offsets}
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(hand_over, with_kwargs=True).remove)
+        yield
 
 
 def _offsets(model: nn.Module, input_ids: torch.Tensor, names: list[str] | None) -> list[int | None]:

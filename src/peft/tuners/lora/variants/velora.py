@@ -40,7 +40,7 @@ class VeloraLinearVariant(AdditiveVariant):
         embed = torch.randn(width) if random else torch.zeros(width)
         if random:
             embed /= embed.norm()
-        embed = embed.to(device=like.device, dtype=like.dtype)
+        embed = embed.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
         module.add_setting("lora_velora_embed", adapter_name, embed, BufferDict({}, persistent=True))
         module.add_setting("lora_velora_initialized", adapter_name, random)
         module.add_setting("lora_velora_num_groups", adapter_name, settings.num_groups)

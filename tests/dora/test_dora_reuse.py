@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from truth import make_case, ours, run
+from dora_truth import make_case, ours, run
 
 from peft import dora
 from peft.dora.eager import DenseWeight
@@ -247,7 +247,7 @@ def uncached(case):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graph_replay_sees_new_values():
-    from conftest import BODIES
+    from dora_truth import BODIES
 
     layer = Layer(BODIES["triton"])
     stream = torch.cuda.Stream()
@@ -271,7 +271,7 @@ def test_graph_replay_sees_new_values():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_another_stream_starts_afresh():
-    from conftest import BODIES
+    from dora_truth import BODIES
 
     layer = Layer(BODIES["triton"])
     layer.check()

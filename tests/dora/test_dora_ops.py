@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from truth import make_case, ours, run
+from dora_truth import make_case, ours, run
 
 from peft.dora import ops, row_norm
 from peft.dora.eager import DenseWeight

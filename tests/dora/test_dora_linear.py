@@ -5,8 +5,8 @@ import copy
 
 import pytest
 import torch
+from dora_truth import check, make_case, ours, reference, run
 from torch.utils.checkpoint import checkpoint
-from truth import check, make_case, ours, reference, run
 
 from peft import dora
 from peft.dora.eager import DenseWeight

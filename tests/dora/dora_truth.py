@@ -1,17 +1,38 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Cases of an adapted linear layer, the truth in float64, and how far from it plain PyTorch of the same precision is."""
+"""The bodies, cases of an adapted linear layer, the truth in float64, and how far from it plain PyTorch of the same precision is."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from peft.dora import dora_linear_reference, gain, linear, row_norm
 from peft.dora.eager import DenseWeight
+from peft.dora.route import Route
 
 NAMES = ("x", "A", "B", "magnitude", "lora_bias", "bias")
+
+
+class Body(NamedTuple):
+    """Where tensors go, what to pass as a route, and the dtypes in which it can be trusted."""
+
+    name: str
+    device: str
+    route: Route
+    dtypes: tuple[torch.dtype, ...]
+
+
+LOW = (torch.float16, torch.bfloat16)
+BODIES = {
+    "torch": Body("torch", "cpu", Route("torch", "test"), (torch.float64, torch.float32, *LOW)),
+    "torch_gpu": Body("torch_gpu", "cuda", Route("torch", "test"), (torch.float64, torch.float32, *LOW)),
+    "triton": Body("triton", "cuda", Route("triton", "test"), (torch.float32, *LOW)),
+    # The interpreter multiplies bfloat16 as the integers that hold it.
+    "interpreter": Body("interpreter", "cpu", Route("triton", "test"), (torch.float32, torch.float16)),
+}
 
 
 @dataclass

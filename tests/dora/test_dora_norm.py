@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from truth import distance, make_case
+from dora_truth import distance, make_case
 
 from peft import dora
 from peft.dora import norm as norm_module
