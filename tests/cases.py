@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 UPSTREAM = "0.21.2"  # the release whose interface and numbers ours match
 
 
@@ -312,7 +311,11 @@ UPSTREAM_FAULTS: tuple[Fault, ...] = (
         lambda row: row.form.dtype != torch.float32 and row.form.quant != "int8",
         ("low_cpu_mem",),
     ),
-    Fault("unmerging a quantised layer does not give its bytes back", lambda row: row.form.quant is not None, ("unmerged",)),
+    Fault(
+        "unmerging a quantised layer does not give its bytes back",
+        lambda row: row.form.quant is not None,
+        ("unmerged",),
+    ),
 )
 
 

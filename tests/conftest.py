@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import os
 
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "interpreted: small enough to run again with the kernels interpreted on the CPU")
+    config.addinivalue_line(
+        "markers", "interpreted: small enough to run again with the kernels interpreted on the CPU"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

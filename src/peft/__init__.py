@@ -34,7 +34,7 @@ from .utils import (
     TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING, NoMatchingPeftModuleError, PeftError, PeftType,
     PeftWarning, TaskType, bloom_model_postprocess_past_key_value, cast_mixed_precision_params,
     get_base_model_state_dict, get_peft_model_state_dict, load_peft_weights, prepare_model_for_kbit_training,
-    set_base_model_state_dict, set_peft_model_state_dict, shift_tokens_right,
+    replace_lora_weights_loftq, set_base_model_state_dict, set_peft_model_state_dict, shift_tokens_right,
 )
 
 __all__ = [
@@ -52,5 +52,5 @@ __all__ = [
     "cast_mixed_precision_params", "find_kappa_target_modules", "get_base_model_state_dict", "get_layer_status",
     "get_model_status", "get_peft_config", "get_peft_model", "get_peft_model_state_dict",
     "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training",
-    "set_base_model_state_dict", "set_peft_model_state_dict", "shift_tokens_right",
+    "replace_lora_weights_loftq", "set_base_model_state_dict", "set_peft_model_state_dict", "shift_tokens_right",
 ]

@@ -152,3 +152,17 @@ def test_merging_twice_and_unmerging_twice_only_warn():
         model.unmerge_adapter()
     with pytest.warns(UserWarning, match="nothing to undo"):
         model.unmerge_adapter()
+
+
+def test_merging_a_trained_copy_of_a_tied_layer_unties_the_config():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+    model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with torch.no_grad():
+        model.get_input_embeddings().modules_to_save["default"].weight.add_(1.0)
+    with pytest.warns(UserWarning, match="tie_word_embeddings=False"):
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings is False
+    assert not torch.equal(merged.get_input_embeddings().weight, merged.lm_head.weight)

@@ -6,22 +6,25 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import torch
+from recipes import adapted, base_state, evaluated, fill, recipe, row_of
+from torch import nn
+
 import cases
 import peft
-import torch
-from recipes import _adapted, _base_state, _evaluated, _row, fill, recipe
-from torch import nn
 
 
 def _bytes_of(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    return {key: bytes(value.detach().reshape(-1).contiguous().view(torch.uint8).tolist()) for key, value in state.items()}
+    return {
+        key: bytes(value.detach().reshape(-1).contiguous().view(torch.uint8).tolist()) for key, value in state.items()
+    }
 
 
 @recipe
 def lora_bias_merged(form: str, safe: bool = False) -> float:
     """By what the base's bias grew in a merge, over the adapter's bias: the scaling, if nothing is forgotten."""
     layer = "linear8bit" if form.startswith("int8") else "linear4bit"
-    model = _adapted(_row(layer, form, "lora"), lora_bias=True)
+    model = adapted(row_of(layer, form, "lora"), lora_bias=True)
     wrapped = model.base_model.model.body
     before = wrapped.get_base_layer().bias.detach().clone()
     model.merge_adapter(safe_merge=safe)
@@ -32,9 +35,9 @@ def lora_bias_merged(form: str, safe: bool = False) -> float:
 @recipe
 def change_by_merging(layer: str, method: str) -> float:
     """The largest change of the output that merging makes."""
-    row = _row(layer, "fp32", method)
-    model, x = _adapted(row), row.layer.input(row.form)
-    with _evaluated(model):
+    row = row_of(layer, "fp32", method)
+    model, x = adapted(row), row.layer.input(row.form)
+    with evaluated(model):
         before = model(x)
         model.merge_adapter()
         return (model(x) - before).abs().max().item()
@@ -43,17 +46,17 @@ def change_by_merging(layer: str, method: str) -> float:
 @recipe
 def bytes_after_unmerging(form: str, method: str) -> bool:
     """Whether merging and unmerging leaves every stored byte as it was."""
-    model = _adapted(_row("linear8bit" if form.startswith("int8") else "linear4bit", form, method))
-    before = _bytes_of(_base_state(model))
+    model = adapted(row_of("linear8bit" if form.startswith("int8") else "linear4bit", form, method))
+    before = _bytes_of(base_state(model))
     model.merge_adapter()
     model.unmerge_adapter()
-    return _bytes_of(_base_state(model)) == before
+    return _bytes_of(base_state(model)) == before
 
 
 @recipe
 def zero_row() -> bool:
     """Whether DoRA's output and gradients are finite where a row of the base weight is zero."""
-    row = _row("linear", "fp32", "dora")
+    row = row_of("linear", "fp32", "dora")
     base = row.layer.model(row.form)
     with torch.no_grad():
         base.body.weight[3] = 0
@@ -67,9 +70,9 @@ def zero_row() -> bool:
 @recipe
 def int8_passes(passes: int = 3) -> bool:
     """Whether several passes of DoRA on an int8 layer on the CPU give the same output."""
-    row = _row("linear8bit", "int8", "dora")
-    model, x = _adapted(row), row.layer.input(row.form)
-    with _evaluated(model):
+    row = row_of("linear8bit", "int8", "dora")
+    model, x = adapted(row), row.layer.input(row.form)
+    with evaluated(model):
         outputs = [model(x) for _ in range(passes)]
     return all(torch.equal(outputs[0], y) for y in outputs[1:])
 
@@ -77,15 +80,15 @@ def int8_passes(passes: int = 3) -> bool:
 @recipe
 def dilated() -> list[int]:
     """The shape of the output of LoRA on a convolution with dilation."""
-    row = _row("conv2d_dilation", "fp32", "lora")
-    return list(_adapted(row)(row.layer.input(row.form)).shape)
+    row = row_of("conv2d_dilation", "fp32", "lora")
+    return list(adapted(row)(row.layer.input(row.form)).shape)
 
 
 @recipe
 def grouped_norm() -> float:
     """How far DoRA on a grouped convolution is from plain LoRA, its magnitude being the norm of the whole weight."""
-    row = _row("conv2d_groups", "fp32", "dora")
-    model, x = _adapted(row), row.layer.input(row.form)
+    row = row_of("conv2d_groups", "fp32", "dora")
+    model, x = adapted(row), row.layer.input(row.form)
     layer = model.base_model.model.body
     base, groups = layer.get_base_layer(), row.layer.groups
     a, b = layer.lora_A["default"].weight.flatten(1), layer.lora_B["default"].weight.flatten(1)
@@ -94,7 +97,7 @@ def grouped_norm() -> float:
     with torch.no_grad():
         whole += torch.block_diag(*rows)
         layer.lora_magnitude_vector["default"].weight.copy_(whole.norm(dim=1).reshape(1, -1, 1, 1))
-    with _evaluated(model):
+    with evaluated(model):
         low_rank = layer.lora_B["default"](layer.lora_A["default"](x))
         return (model(x) - base(x) - layer.scaling["default"] * low_rank).abs().max().item()
 
@@ -102,16 +105,16 @@ def grouped_norm() -> float:
 @recipe
 def half_conv_dropout() -> str:
     """The output's dtype of DoRA with dropout on a half-precision convolution."""
-    row = _row("conv2d", "bf16", "dora")
-    model = _adapted(row, lora_dropout=0.5).train()
+    row = row_of("conv2d", "bf16", "dora")
+    model = adapted(row, lora_dropout=0.5).train()
     return str(model(row.layer.input(row.form)).dtype)
 
 
 @recipe
 def meta_rounding() -> bool:
     """Whether an adapter on a bf16 base, loaded from meta, is what was saved."""
-    row = _row("linear", "bf16", "lora")
-    model = _adapted(row)
+    row = row_of("linear", "bf16", "lora")
+    model = adapted(row)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = peft.PeftModel.from_pretrained(row.layer.model(row.form), folder, low_cpu_mem_usage=True)
@@ -133,7 +136,7 @@ def after_a_refused_mixed_batch() -> dict[str, Any]:
     model, ids = _llama()
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
     fill(model)
-    with _evaluated(model):
+    with evaluated(model):
         before = model(ids).logits
         try:
             model(ids, adapter_names=["default"])
@@ -148,8 +151,8 @@ def dora_mixed_batch() -> float:
     """How far a batch with a DoRA row and a base row is from the two computed apart."""
     model, ids = _llama(use_dora=True)
     fill(model)
-    with _evaluated(model):
-        adapted = model(ids).logits
+    with evaluated(model):
+        alone = model(ids).logits
         try:
             mixed = model(ids, adapter_names=["default", "__base__"]).logits
         except ValueError:
@@ -157,7 +160,7 @@ def dora_mixed_batch() -> float:
             raise
         with model.disable_adapter():
             base = model(ids).logits
-        return max((mixed[0] - adapted[0]).abs().max().item(), (mixed[1] - base[1]).abs().max().item())
+        return max((mixed[0] - alone[0]).abs().max().item(), (mixed[1] - base[1]).abs().max().item())
 
 
 @recipe
@@ -183,7 +186,7 @@ def hotswapped() -> float:
     with tempfile.TemporaryDirectory() as folder:
         other.save_pretrained(folder)
         hotswap_adapter(model, folder, adapter_name="default", torch_device="cpu")
-    with _evaluated(model), _evaluated(other):
+    with evaluated(model), evaluated(other):
         return (model(ids).logits - other(ids).logits).abs().max().item()
 
 
@@ -204,7 +207,7 @@ def biases_of_two_after_reload() -> dict[str, float]:
         model.save_pretrained(folder)
         for name in ("default", "other"):
             model.set_adapter(name)
-            with _evaluated(model):
+            with evaluated(model):
                 outputs[name] = model(**inputs).last_hidden_state
         fresh, _ = models.Case("bert", {}).base()
         loaded = peft.PeftModel.from_pretrained(fresh, folder)
@@ -212,7 +215,7 @@ def biases_of_two_after_reload() -> dict[str, float]:
     changed = {}
     for name, y in outputs.items():
         loaded.set_adapter(name)
-        with _evaluated(loaded):
+        with evaluated(loaded):
             changed[name] = (loaded(**inputs).last_hidden_state - y).abs().max().item()
     return changed
 
@@ -245,7 +248,7 @@ def accepts(**options: Any) -> str:
 @recipe
 def offloaded() -> bool:
     """Whether DoRA with ephemeral_gpu_offload works where there is no GPU."""
-    row = _row("linear", "fp32", "dora")
+    row = row_of("linear", "fp32", "dora")
     config = peft.LoraConfig(**row.options(), runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True))
     model = peft.get_peft_model(row.layer.model(cases.FORMATS["fp32"]), config)
     return bool(torch.isfinite(model(row.layer.input(row.form))).all())

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 VOCAB = 32
 _IDS = torch.tensor([[5, 3, 9, 1, 7, 2], [4, 4, 8, 30, 6, 2]])
 

@@ -22,7 +22,6 @@ import filelock
 
 from cases import UPSTREAM
 
-
 HERE = Path(__file__).resolve().parent
 
 

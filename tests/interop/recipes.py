@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cases
 import models
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+import cases
+import peft
+from peft.tuners.lora import LoraLayer
 
 RECIPES: dict[str, Callable[..., Any]] = {}
 
@@ -88,18 +88,18 @@ def saved_files(folder: str | Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     model.eval()
     with torch.no_grad():
         yield
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
-def _row(layer: str, form: str, method: str) -> cases.Row:
+def row_of(layer: str, form: str, method: str) -> cases.Row:
     return cases.Row(cases.LAYERS[layer], cases.FORMATS[form], cases.METHODS[method])
 
 
-def _adapted(row: cases.Row, filled: bool = True, names: tuple[str, ...] = ("default",), **options: Any) -> Any:
+def adapted(row: cases.Row, filled: bool = True, names: tuple[str, ...] = ("default",), **options: Any) -> Any:
     peft_options = {k: options.pop(k) for k in ("autocast_adapter_dtype", "low_cpu_mem_usage") if k in options}
     base = row.layer.model(row.form)
     torch.manual_seed(7)
@@ -115,7 +115,7 @@ def _adapted(row: cases.Row, filled: bool = True, names: tuple[str, ...] = ("def
     return model
 
 
-def _base_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def base_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """What the base layer would save, quantisation state included."""
     layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
     state = layer.get_base_layer().state_dict()
@@ -125,56 +125,56 @@ def _base_state(model: nn.Module) -> dict[str, torch.Tensor]:
 @recipe
 def layer_init(layer: str, form: str, method: str, init_lora_weights: bool | str = True) -> dict[str, Any]:
     """What an adapter starts as, given a seed."""
-    model = _adapted(_row(layer, form, method), filled=False, init_lora_weights=init_lora_weights)
+    model = adapted(row_of(layer, form, method), filled=False, init_lora_weights=init_lora_weights)
     return {"parameters": trainable(model), "counts": list(model.get_nb_trainable_parameters())}
 
 
 @recipe
 def layer_state(layer: str, form: str, method: str, state: str, folder: str | None = None) -> dict[str, Any]:
     """Outputs and what else belongs to a state of the table."""
-    row = _row(layer, form, method)
+    row = row_of(layer, form, method)
     x = row.layer.input(row.form)
     return _STATES[state](row, x, folder)
 
 
 def _train(row: cases.Row, x: torch.Tensor, folder: None, **options: Any) -> dict[str, Any]:
-    model = _adapted(row, **options).train()
+    model = adapted(row, **options).train()
     torch.manual_seed(11)
     y = model(x)
     return {"y": y, "grads": backward(model, y, x)}
 
 
 def _eval(row: cases.Row, x: torch.Tensor, folder: None) -> dict[str, Any]:
-    model = _adapted(row)
-    with _evaluated(model):
+    model = adapted(row)
+    with evaluated(model):
         return {"y": model(x), "again": model(x)}
 
 
 def _merge(row: cases.Row, x: torch.Tensor, folder: None, safe: bool = False) -> dict[str, Any]:
-    model = _adapted(row)
-    with _evaluated(model):
+    model = adapted(row)
+    with evaluated(model):
         model.merge_adapter(safe_merge=safe)
-        return {"y": model(x), "base": _base_state(model)}
+        return {"y": model(x), "base": base_state(model)}
 
 
 def _unmerge(row: cases.Row, x: torch.Tensor, folder: None) -> dict[str, Any]:
-    model = _adapted(row)
-    with _evaluated(model):
+    model = adapted(row)
+    with evaluated(model):
         model.merge_adapter()
         model.unmerge_adapter()
-        return {"y": model(x), "base": _base_state(model)}
+        return {"y": model(x), "base": base_state(model)}
 
 
 def _disabled(row: cases.Row, x: torch.Tensor, folder: None) -> dict[str, Any]:
-    model = _adapted(row)
-    with _evaluated(model), model.disable_adapter():
+    model = adapted(row)
+    with evaluated(model), model.disable_adapter():
         return {"y": model(x)}
 
 
 def _two(row: cases.Row, x: torch.Tensor, folder: None) -> dict[str, Any]:
-    model = _adapted(row, names=("default", "second"))
+    model = adapted(row, names=("default", "second"))
     out: dict[str, Any] = {}
-    with _evaluated(model):
+    with evaluated(model):
         out["first"] = model(x)
         model.set_adapter("second")
         out["second"] = model(x)
@@ -188,21 +188,21 @@ def _two(row: cases.Row, x: torch.Tensor, folder: None) -> dict[str, Any]:
 
 
 def _saved(row: cases.Row, x: torch.Tensor, folder: str) -> dict[str, Any]:
-    model = _adapted(row)
+    model = adapted(row)
     model.save_pretrained(folder)
-    with _evaluated(model):
+    with evaluated(model):
         return {"y": model(x), "saved": saved_files(folder)}
 
 
 def _loaded(row: cases.Row, x: torch.Tensor, folder: str, **options: Any) -> dict[str, Any]:
     model = peft.PeftModel.from_pretrained(row.layer.model(row.form), folder, **options)
-    with _evaluated(model):
+    with evaluated(model):
         return {"y": model(x), "state": peft.get_peft_model_state_dict(model)}
 
 
 def _deepcopied(row: cases.Row, x: torch.Tensor, folder: None) -> dict[str, Any]:
-    model = copy.deepcopy(_adapted(row))
-    with _evaluated(model):
+    model = copy.deepcopy(adapted(row))
+    with evaluated(model):
         return {"y": model(x)}
 
 
@@ -266,9 +266,9 @@ def model_trained(name: str, folder: str) -> dict[str, Any]:
     y = _first_tensor(model(**inputs))
     out = {"y": y, "grads": backward(model, y)}
     model.save_pretrained(folder)
-    with _evaluated(model), model.disable_adapter():
+    with evaluated(model), model.disable_adapter():
         out["disabled"] = _first_tensor(model(**inputs))
-    with _evaluated(model):
+    with evaluated(model):
         model.merge_adapter()
         out["merged"] = _first_tensor(model(**inputs))
     return {**out, "saved": saved_files(folder)}
@@ -285,7 +285,7 @@ def model_loaded(name: str, folder: str) -> dict[str, Any]:
     for adapter, where in others:
         model.load_adapter(where, adapter)
     model.set_adapter(case.adapters[-1])
-    with _evaluated(model):
+    with evaluated(model):
         return {
             "class": type(model).__name__,
             "y": _first_tensor(model(**inputs)),

@@ -13,7 +13,6 @@ import recipes
 import torch
 from peer import Peer, PeerError
 
-
 pytestmark = pytest.mark.interop
 EXACT = 1e-5  # float32 outputs of order one, through one layer or three
 
@@ -72,7 +71,11 @@ FAULTS = (
     Fault("half_conv_dropout", lambda dtype: dtype == "torch.bfloat16", "RuntimeError"),
     Fault("meta_rounding", _is_true),
     # There the names are still being handed out by a hook when the next call comes, which has none.
-    Fault("after_a_refused_mixed_batch", lambda facts: facts == {"refused": "ValueError", "as before": True}, "ValueError"),
+    Fault(
+        "after_a_refused_mixed_batch",
+        lambda facts: facts == {"refused": "ValueError", "as before": True},
+        "ValueError",
+    ),
     Fault("dora_mixed_batch", _is_small, "ValueError"),
     Fault("weighted_magnitude", lambda facts: all(_is_one(ratio) for ratio in facts["ratio"])),
     Fault("hotswapped", _is_small, "KeyError"),

@@ -6,14 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import recipes
 import torch
-from cases import Row, rows
 from compare import assert_equal, assert_equal_grads, saved_facts
 from peer import Peer
 
+import cases
+from cases import Row, rows
 
 pytestmark = pytest.mark.interop
 COMPARED = [row for row in rows() if not row.method.triton]
@@ -40,7 +40,9 @@ def coarse(row: Row) -> torch.dtype:
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"], ids=["default", "random", "gaussian"])
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in COMPARED if row.form.name in ("fp32", "nf4", "int8")])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.id) for row in COMPARED if row.form.name in ("fp32", "nf4", "int8")]
+)
 def test_the_same_seed_gives_the_same_start(row: Row, init: bool | str, peer: Peer) -> None:
     theirs = peer.run("layer_init", **names(row), init_lora_weights=init)
     ours = recipes.run("layer_init", **names(row), init_lora_weights=init)

@@ -12,7 +12,6 @@ import torch
 from compare import DEEP, assert_equal, assert_equal_grads, saved_facts
 from peer import Peer
 
-
 pytestmark = pytest.mark.interop
 every_case = pytest.mark.parametrize("name", models.CASES)
 

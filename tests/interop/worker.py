@@ -15,11 +15,11 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not end up among the answers
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-    import peft
-    import recipes
-
     import faults  # noqa: F401  registers its recipes
+    import recipes
     from peer import receive, send
+
+    import peft
 
     warnings.simplefilter("ignore")
     send(answers, {"version": peft.__version__, "location": peft.__file__})

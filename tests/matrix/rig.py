@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import Row
 from torch import nn
 from truth import Adapter, adapter_of, assert_as_good_as, dense_base, output
 
+from cases import Row
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-
 
 DROPOUT = 0.4
 
@@ -66,7 +65,9 @@ class Rig:
 
     def check_output(self, y: torch.Tensor, *names: str, what: str = "output") -> None:
         """An output of the named adapters is as good as plain PyTorch's, and has the base layer's dtype."""
-        assert y.dtype == self.base(self.x).dtype, f"{what}: {y.dtype}, and the base layer gives {self.base(self.x).dtype}"
+        assert y.dtype == self.base(self.x).dtype, (
+            f"{what}: {y.dtype}, and the base layer gives {self.base(self.x).dtype}"
+        )
         with torch.no_grad():
             plain, truth = self.plain_and_truth(*names)
         assert_as_good_as(y, plain, truth, what)

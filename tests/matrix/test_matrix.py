@@ -10,7 +10,6 @@ import os
 
 import pytest
 import torch
-from cases import Row, rows
 from rig import (
     DROPOUT,
     assert_same_bits,
@@ -24,13 +23,21 @@ from rig import (
 from torch.nn import functional as F
 from truth import adapter_of, assert_as_good_as, dequantised, floor, merged_rows, rows_of
 
+from cases import Row, rows
 from peft import PeftModel, get_peft_model_state_dict
-
 
 INTERPRETED = os.environ.get("PEFT_MATRIX_INTERPRETED") == "1"  # set by test_interpreter.py, for a run of its own
 # Rows whose kernels run again under the Triton interpreter, which computes bf16 products wrongly.
 _INTERPRETED_FORMS = ("fp32", "fp16", "nf4", "fp4-nested", "int8")
-_INTERPRETED_LAYERS = ("linear", "linear_nobias", "transformers_conv1d", "embedding", "conv2d", "linear4bit", "linear8bit")
+_INTERPRETED_LAYERS = (
+    "linear",
+    "linear_nobias",
+    "transformers_conv1d",
+    "embedding",
+    "conv2d",
+    "linear4bit",
+    "linear8bit",
+)
 _INTERPRETED_STATES = ("train", "dropout", "merged", "two_adapters", "saved")
 
 
@@ -168,7 +175,10 @@ def requantised(matrix: torch.Tensor, row: Row, base: torch.nn.Module) -> torch.
 
     state = base.weight.quant_state
     packed, new = bnb.quantize_4bit(
-        matrix.to(state.dtype), blocksize=state.blocksize, compress_statistics=row.form.nested, quant_type=row.form.quant
+        matrix.to(state.dtype),
+        blocksize=state.blocksize,
+        compress_statistics=row.form.nested,
+        quant_type=row.form.quant,
     )
     return bnb.dequantize_4bit(packed, new)
 

@@ -15,10 +15,11 @@ import copy
 from dataclasses import dataclass, fields
 
 import torch
-from cases import Row
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+
+from cases import Row
 
 
 @dataclass

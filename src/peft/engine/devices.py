@@ -20,7 +20,7 @@ META = torch.device("meta")
 
 
 def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dtype | None]:
-    """Device of the base weight and its dtype, the latter None where the weight is stored packed."""
+    """Device of the base weight and its dtype; of a packed weight the dtype that it computes in, None if it has none."""
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, nn.MultiheadAttention):
         base_layer = base_layer.out_proj
@@ -28,7 +28,7 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
         weight = getattr(base_layer, attribute, None)
         if isinstance(weight, torch.Tensor):
             floating = weight.dtype.is_floating_point or weight.dtype.is_complex
-            return weight.device, weight.dtype if floating else None
+            return weight.device, weight.dtype if floating else getattr(base_layer, "compute_dtype", None)
     first = next(iter(base_layer.parameters()), None)
     return (None, None) if first is None else (first.device, None)
 

@@ -130,14 +130,15 @@ def _embeddings_to_save(model: nn.Module, config: PeftConfig, wanted: str | bool
     else:
         adapted = any(target.split(".")[-1] in EMBEDDING_LAYER_NAMES for target in targets or ())
     if wanted == "auto":
-        if adapted:
+        whole = adapted and getattr(config, "adapts_whole_embeddings", True)
+        if whole:
             warnings.warn(
                 "save_embedding_layers='auto': target_modules covers an embedding, so the base embedding is saved with "
                 "the adapter; pass save_embedding_layers=False to leave it out.",
                 PeftWarning,
                 stacklevel=4,
             )
-        wanted = adapted or _was_resized(model, config)
+        wanted = whole or _was_resized(model, config)
     if not wanted or not hasattr(model, "get_input_embeddings"):
         return
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -340,6 +340,8 @@ class BaseTuner(Module, ABC):
                 else:
                     plain = self._unwrapped(target, merge, safe_merge, adapter_names)
                 self._replace_module(parent, target_name, plain, target)
+        if merge:
+            tying.note_untied(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

@@ -87,3 +87,23 @@ def warn_about_merging_tied(names: list[str]) -> None:
             PeftWarning,
             stacklevel=3,
         )
+
+
+def note_untied(model: nn.Module) -> None:
+    """Say in a model's config that its embeddings are no longer one tensor, where a merge has parted them.
+
+    Saving a model whose config claims that they are tied would drop one of the two.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    source, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if source is None or output is None or source.weight is output.weight:
+        return
+    if source.weight.data_ptr() != output.weight.data_ptr():
+        config.tie_word_embeddings = False
+        warnings.warn(
+            "The merged model's input and output embeddings differ: its config now says tie_word_embeddings=False.",
+            PeftWarning,
+            stacklevel=4,
+        )
