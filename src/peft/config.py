@@ -83,8 +83,8 @@ class PeftConfigMixin(PushToHubMixin):
 
         Args:
             save_directory: Folder, made if it is not there.
-            auto_mapping_dict: Overrides `auto_mapping` in the file.
-            kwargs: Passed on when `push_to_hub=True`.
+            kwargs: `auto_mapping_dict` overrides `auto_mapping` in the file; the rest is passed on when
+                `push_to_hub=True`.
 
         Raises:
             AssertionError: `save_directory` is a file.

@@ -116,6 +116,29 @@ def test_lower_matmul_precision_has_no_effect(body, setting):
     assert torch.equal(inside, exact)
 
 
+def test_switches_for_low_precision_are_off_inside_and_back_outside(monkeypatch):
+    """Also where this machine's products do not depend on them."""
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision()
+    seen = []
+    addmm = torch.addmm
+
+    def watched(*args, **kwargs):
+        seen.append([switch.fp32_precision for switch in switches])
+        return addmm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "addmm", watched)
+    W, A, B = factors(20, 30, 2, torch.float32, "cpu")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        set_to = [switch.fp32_precision for switch in switches]
+        dora.row_norm(DenseWeight(W), A, B, 1.0)
+        assert seen and all(values == ["ieee", "ieee"] for values in seen)
+        assert [switch.fp32_precision for switch in switches] == set_to
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_autocast_has_no_effect(body):
     W, A, B = factors(64, 128, 32, torch.float32, body.device)
     exact = dora.row_norm(DenseWeight(W), A, B, 1.0, route=body.route)

@@ -80,7 +80,14 @@ NAMES = [
     ({"bias": "lora_only"}, ["first.base_layer.bias", "first.lora_A.weight", "first.lora_B.weight"]),
     (
         {"bias": "all"},
-        ["first.base_layer.bias", "first.lora_A.weight", "first.lora_B.weight", "head.bias", "norm.bias", "second.bias"],
+        [
+            "first.base_layer.bias",
+            "first.lora_A.weight",
+            "first.lora_B.weight",
+            "head.bias",
+            "norm.bias",
+            "second.bias",
+        ],
     ),
     (
         {"trainable_token_indices": {"emb": [1, 2]}},
@@ -263,5 +270,7 @@ def test_base_model_state_dict_round_trip():
     with pytest.raises(RuntimeError, match=r"first\.weight"):
         set_base_model_state_dict(model, {"head.weight": plain["head.weight"]})
     assert torch.equal(get_base_model_state_dict(model)["first.weight"], before)
-    result = set_base_model_state_dict(model, {"head.weight": plain["head.weight"], "x": plain["head.bias"]}, strict=False)
+    result = set_base_model_state_dict(
+        model, {"head.weight": plain["head.weight"], "x": plain["head.bias"]}, strict=False
+    )
     assert "first.weight" in result.missing_keys and result.unexpected_keys == ["x"]

@@ -35,9 +35,7 @@ def adapted(seed: int = 1, **settings) -> PeftModel:
 
 
 def swap(model: nn.Module, other: PeftModel) -> None:
-    hotswap_adapter_from_state_dict(
-        model, get_peft_model_state_dict(other), "default", other.peft_config["default"]
-    )
+    hotswap_adapter_from_state_dict(model, get_peft_model_state_dict(other), "default", other.peft_config["default"])
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -65,6 +63,15 @@ def test_names_in_memory_do_as_well():
     model, other = adapted(use_dora=True), adapted(2, use_dora=True)
     state = {key: value for key, value in other.state_dict().items() if "lora_" in key}
     hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
+    torch.testing.assert_close(model(X), other(X))
+
+
+def test_dora_notices_a_new_scaling_of_the_same_factors():
+    model = adapted(use_dora=True)
+    prepare_model_for_compiled_hotswap(model)
+    model(X)
+    other = adapted(use_dora=True, lora_alpha=9)
+    swap(model, other)
     torch.testing.assert_close(model(X), other(X))
 
 
@@ -140,12 +147,13 @@ def test_configs_that_do_not_go_together():
 
 
 # ---- compiled models -----------------------------------------------------------------------------------------------
-def test_preparing_makes_room_and_changes_no_output(tmp_path):
-    model = adapted(use_dora=True)
+@pytest.mark.parametrize("dora", [False, True])
+def test_preparing_makes_room_and_changes_no_output(tmp_path, dora):
+    model = adapted(use_dora=dora)
     expected = model(X)
     prepare_model_for_compiled_hotswap(model, target_rank=6, config=model.peft_config["default"])
     layer = model.base_model.model[0]
-    assert isinstance(layer.scaling["default"], torch.Tensor)
+    assert isinstance(layer.scaling["default"], float if dora else torch.Tensor)
     assert layer.lora_A["default"].weight.shape == (6, 5) and layer.lora_B["default"].weight.shape == (8, 6)
     torch.testing.assert_close(model(X), expected)
     with pytest.raises(ValueError, match="target_rank=3"):
@@ -170,12 +178,15 @@ def test_no_recompilation(dora):
     with torch.no_grad():
         compiled(X)
         graphs = len(count)
-        for seed, settings in ((2, {"r": 4, "lora_alpha": 9}), (3, {"r": 1, "lora_alpha": 3})):
+        for seed, settings in (
+            (2, {"r": 4, "lora_alpha": 8 if dora else 9}),
+            (3, {"r": 1, "lora_alpha": 2 if dora else 3}),
+        ):
             other = adapted(seed, use_dora=dora, **settings)
             swap(compiled, other)
             torch.testing.assert_close(compiled(X), other(X))
     assert len(count) == graphs
-    assert model.base_model.model[0].scaling["default"] is scaling
+    assert dora or model.base_model.model[0].scaling["default"] is scaling
     with pytest.raises(ValueError, match="target_rank=5"):
         swap(compiled, adapted(4, use_dora=dora, r=5))
     torch._dynamo.reset()

@@ -181,7 +181,11 @@ CONVERTED = [
     (["w1", "w3"], {"rank_pattern": {"w1": 3, "w3": 3}}, (set(), ["gate_up_proj"], {r".*\.gate_up_proj": 6}, 16)),
     (["w1", "w3"], {"use_rslora": True}, (set(), ["gate_up_proj"], {r".*\.gate_up_proj": 4}, 8 * 2**0.5)),
     (["gate", "w2"], {}, (set(), ["down_proj", "gate.weight"], {}, None)),
-    (["w2"], {"layers_to_transform": [1]}, (set(), ["model.layers.1.mlp.experts.down_proj"], {}, None)),
+    (
+        ["w2"],
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        (set(), ["model.layers.1.mlp.experts.down_proj"], {}, None),
+    ),
     (r".*\.experts\.\d+\.w2", {}, (r".*\.experts\.\d+\.w2", ["down_proj"], {}, None)),
     (["q_proj"], {}, ({"q_proj"}, None, {}, None)),
 ]

@@ -259,7 +259,7 @@ class NormCache:
             self.state = None
             return Factors(a, b, _stats(norm, magnitude, floor), private=a is not A and b is not B)
         state = self.state
-        if state is None or state.key != key or not _equal(state, a, b):
+        if state is None or state.key != key or _is_unusable(state.norm) or not _equal(state, a, b):
             a, b = (a.clone() if a is A else a), (b.clone() if b is B else b)
             state = self.state = HostState(key, a, b, row_norm_torch(weight, a, b, scaling))
         return Factors(state.a, state.b, _stats(state.norm, magnitude, floor), private=True)

@@ -7,9 +7,11 @@ import os
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -49,9 +51,9 @@ def adapter_state_dict(
     """
     others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
     found = tuner._get_adapter_state_dict(model, config, adapter_name, state_dict, others)
-    for key, (dim, rank) in _spare_room(model, adapter_name):
-        if key in found and found[key].shape[dim] > rank:
-            found[key] = found[key].narrow(dim, 0, rank)
+    for key, ranks, rank in _spare_room(model, adapter_name):
+        if key in found and found[key].shape[ranks.dim] > ranks.size(rank):
+            found[key] = ranks.fit(found[key], rank)
     found = {tuner._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
     found.update(_biases(model, config, adapter_name, state_dict, tuner.prefix))
     for name, wrapper in _wrappers(model):
@@ -72,12 +74,42 @@ def _wrappers(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]
             yield name, module
 
 
-def _spare_room(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Names in memory of tensors with room for larger ranks (`peft.utils.hotswap`): the dimension, and the rank."""
+@dataclass(frozen=True)
+class RankDim:
+    """Where a parameter counts ranks.
+
+    Args:
+        dim: The dimension.
+        parts: In how many equal parts it counts them, each with ranks of its own: a grouped convolution's A.
+        share: How many ranks stand behind one entry: the groups of such a convolution, for its B.
+    """
+
+    dim: int
+    parts: int = 1
+    share: int = 1
+
+    def size(self, rank: int) -> int:
+        """Entries of the dimension for a rank."""
+        return rank // self.share
+
+    def fit(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """A tensor with `size(rank)` entries there: cut, or filled up with zeros, alike in each part."""
+        split = tensor.unflatten(self.dim, (self.parts, -1))
+        inner = self.dim + 1
+        missing = self.size(rank) // self.parts - split.shape[inner]
+        if missing > 0:
+            split = F.pad(split, [0, 0] * (split.dim() - 1 - inner) + [0, missing])
+        else:
+            split = split.narrow(inner, 0, split.shape[inner] + missing)
+        return split.flatten(self.dim, inner)
+
+
+def _spare_room(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, RankDim, int]]:
+    """Tensors that may have room for larger ranks (`peft.utils.hotswap`): name in memory, dimension, the rank."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            for key, dim in getattr(module, "spare_room", {}).get(adapter_name, {}).items():
-                yield f"{name}.{key}", (dim, module.r[adapter_name])
+            for key, ranks in getattr(module, "spare_room", {}).get(adapter_name, {}).items():
+                yield f"{name}.{key}", ranks, module.r[adapter_name]
 
 
 def _biases(
@@ -204,12 +236,10 @@ def load_adapter_state_dict(
             raise TypeError(f"{key} of the saved adapter is a {type(value).__name__}, expected a tensor.")
     current = model.state_dict()
     live = _live_names(model, tuner, config, adapter_name, saved, current)
-    for key, (dim, rank) in _spare_room(model, adapter_name):
+    for key, ranks, rank in _spare_room(model, adapter_name):
         fits = key in live and live[key].dim() == current[key].dim()
-        if fits and live[key].shape[dim] == rank < current[key].shape[dim]:
-            room = live[key].new_zeros(current[key].shape)
-            room.narrow(dim, 0, rank).copy_(live[key])
-            live[key] = room
+        if fits and live[key].shape[ranks.dim] == ranks.size(rank) < current[key].shape[ranks.dim]:
+            live[key] = ranks.fit(live[key], current[key].shape[ranks.dim] * ranks.share)
     mismatched = mismatched_shapes(live, current)
     if mismatched and not ignore_mismatched_sizes:
         raise RuntimeError(

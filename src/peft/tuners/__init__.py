@@ -6,7 +6,8 @@
 from ._registry import register_rows
 from .lora import (
     ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraModel,
-    LoraRuntimeConfig, MontecloraConfig, VeloraConfig,
+    LoraRuntimeConfig, MontecloraConfig, VeloraConfig, convert_to_lora, get_eva_state_dict, initialize_lora_eva_weights,
+    preprocess_loraga, save_as_lora,
 )
 from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 
@@ -15,5 +16,6 @@ register_rows()
 __all__ = [
     "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig",
     "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "TrainableTokensConfig", "TrainableTokensModel",
-    "VeloraConfig",
+    "VeloraConfig", "convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
+    "save_as_lora",
 ]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from peft.config import PeftConfig
+from peft.engine.state_dict import RankDim
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # What must agree between two configs, as it is part of the layers and not of the values in them.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
-# Parameters with a dimension that counts ranks, and which it is.
-_RANKED = {"lora_A.weight": 0, "lora_B.weight": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 _COMPILED = "_orig_mod"
 
 
@@ -40,7 +38,8 @@ def prepare_model_for_compiled_hotswap(
     """Make adapters exchangeable without recompilation: scalings become tensors, and A and B get room for a rank.
 
     Call it once the first adapter is loaded and before the model is compiled. The room is filled with zeros, which
-    change nothing and stay zero in training. A saved adapter is as small as without it.
+    change nothing and stay zero in training. A saved adapter is as small as without it. The scaling of DoRA adapters
+    stays a number: a swap to one with the same scaling compiles nothing anew.
 
     Args:
         model: Model with LoRA adapters.
@@ -72,9 +71,15 @@ def prepare_model_for_compiled_hotswap(
                 raise ValueError(
                     f"target_rank={target_rank} is less than the rank {rank} of adapter {name!r}: raise it."
                 )
+            if target_rank is not None and target_rank % _groups(layer, name):
+                raise ValueError(
+                    f"target_rank={target_rank} must be a multiple of the {_groups(layer, name)} groups of an adapted "
+                    "convolution: choose another."
+                )
     for layer in layers:
         for name, scaling in layer.scaling.items():
-            if not isinstance(scaling, torch.Tensor):
+            # DoRA's norm is looked up by the scaling's value, which a tensor would have to be read for
+            if not isinstance(scaling, torch.Tensor) and name not in layer.lora_magnitude_vector:
                 device = next(iter(_slots(layer, name).values())).device
                 layer.scaling[name] = torch.tensor(float(scaling), device=device)
             if target_rank is not None:
@@ -113,17 +118,36 @@ def _slots(layer: LoraLayer, adapter_name: str, prefix: str = "lora_") -> dict[s
     return slots
 
 
+def _groups(layer: LoraLayer, adapter_name: str) -> int:
+    """Groups that an adapter's ranks fall into: those of a convolution, else one."""
+    return getattr(layer.lora_B[adapter_name], "groups", 1) if adapter_name in layer.lora_B else 1
+
+
+def _rank_dims(layer: LoraLayer, adapter_name: str) -> dict[str, RankDim]:
+    """The parameters that have a dimension for ranks, by slot."""
+    groups = _groups(layer, adapter_name)
+    dims = {
+        "lora_A.weight": RankDim(0, parts=groups),
+        "lora_B.weight": RankDim(1, share=groups),
+        "lora_embedding_A": RankDim(0),
+        "lora_embedding_B": RankDim(1),
+    }
+    present = _slots(layer, adapter_name)
+    return {slot: ranks for slot, ranks in dims.items() if slot in present}
+
+
 def _physical_rank(layer: LoraLayer, adapter_name: str) -> int:
-    slots = _slots(layer, adapter_name)
-    return next(slots[slot].shape[dim] for slot, dim in _RANKED.items() if slot in slots)
+    slot, ranks = next(iter(_rank_dims(layer, adapter_name).items()))
+    return _slots(layer, adapter_name)[slot].shape[ranks.dim] * ranks.share
 
 
 def _make_room(layer: LoraLayer, adapter_name: str, rank: int) -> None:
     """Enlarge A and B to a rank, in the same Parameter objects, with zeros in the new part."""
-    for slot, parameter in _slots(layer, adapter_name).items():
-        dim = _RANKED.get(slot)
-        if dim is not None and parameter.shape[dim] < rank:
-            parameter.data = _padded(parameter.data, dim, rank)
+    parameters = _slots(layer, adapter_name)
+    for slot, ranks in _rank_dims(layer, adapter_name).items():
+        parameter = parameters[slot]
+        if parameter.shape[ranks.dim] < ranks.size(rank):
+            parameter.data = ranks.fit(parameter.data, rank)
             parameter.grad = None
     a, b = (layer._modules[slot]._modules.get(adapter_name) for slot in ("lora_A", "lora_B"))
     for module, sizes in ((a, ("out_features", "out_channels")), (b, ("in_features", "in_channels"))):
@@ -135,19 +159,11 @@ def _make_room(layer: LoraLayer, adapter_name: str, rank: int) -> None:
 
 def _note_room(layer: LoraLayer, adapter_name: str) -> None:
     """Note where an adapter's tensors may be larger than its rank, so that saving and loading leave the rest out."""
-    live = {
-        slot: slot.replace(".", f".{adapter_name}.", 1) if "." in slot else f"{slot}.{adapter_name}"
-        for slot in _RANKED
+    rooms = {
+        slot.replace(".", f".{adapter_name}.", 1) if "." in slot else f"{slot}.{adapter_name}": ranks
+        for slot, ranks in _rank_dims(layer, adapter_name).items()
     }
-    present = _slots(layer, adapter_name)
-    rooms = {live[slot]: dim for slot, dim in _RANKED.items() if slot in present}
     layer.spare_room = {**getattr(layer, "spare_room", {}), adapter_name: rooms}
-
-
-def _padded(tensor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
-    """A tensor with zeros after its own values, so that a dimension has `rank` entries."""
-    missing = rank - tensor.shape[dim]
-    return F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, missing])
 
 
 # ---- swap ----------------------------------------------------------------------------------------------------------
@@ -250,34 +266,41 @@ def _plan_swap(
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, plain), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, plain), config.lora_alpha)
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    values = given or {slot: _nothing(parameter, _RANKED.get(slot), rank) for slot, parameter in slots.items()}
+    groups = _groups(layer, adapter_name)
+    if rank % groups:
+        raise ValueError(f"Hotswap: rank {rank} of {name} must be a multiple of the convolution's groups={groups}.")
+    dims = _rank_dims(layer, adapter_name)
+    values = given or {slot: _nothing(parameter, dims.get(slot), rank) for slot, parameter in slots.items()}
     for slot, parameter in slots.items():
-        _check_fits(f"{name}.{slot}", values[slot], parameter, _RANKED.get(slot), rank, compiled)
+        _check_fits(f"{name}.{slot}", values[slot], parameter, dims.get(slot), rank, compiled)
     return _Swap(layer, values, rank, alpha, scaling, not given)
 
 
-def _nothing(parameter: torch.Tensor, dim: int | None, rank: int) -> torch.Tensor:
-    """Zeros in the shape that a parameter has in an adapter of a rank."""
+def _shape(parameter: torch.Tensor, ranks: RankDim | None, rank: int) -> list[int]:
+    """The shape that a parameter has in an adapter of a rank."""
     shape = list(parameter.shape)
-    if dim is not None:
-        shape[dim] = rank
-    return parameter.new_zeros(shape)
+    if ranks is not None:
+        shape[ranks.dim] = ranks.size(rank)
+    return shape
+
+
+def _nothing(parameter: torch.Tensor, ranks: RankDim | None, rank: int) -> torch.Tensor:
+    return parameter.new_zeros(_shape(parameter, ranks, rank))
 
 
 def _check_fits(
-    key: str, value: torch.Tensor, parameter: torch.Tensor, dim: int | None, rank: int, compiled: bool
+    key: str, value: torch.Tensor, parameter: torch.Tensor, ranks: RankDim | None, rank: int, compiled: bool
 ) -> None:
-    expected = list(parameter.shape)
-    if dim is not None:
-        expected[dim] = rank
+    expected = _shape(parameter, ranks, rank)
     if list(value.shape) != expected:
         raise ValueError(
             f"Hotswap: {key} has shape {list(value.shape)}, expected {expected} from the loaded adapter and the new "
             "config: the new adapter is for another base model, other modules or another config."
         )
-    if compiled and dim is not None and rank > parameter.shape[dim]:
+    if compiled and ranks is not None and ranks.size(rank) > parameter.shape[ranks.dim]:
+        room = parameter.shape[ranks.dim] * ranks.share
         raise ValueError(
-            f"Hotswap: {key} has rank {rank}, but the compiled model has room for {parameter.shape[dim]}: call "
+            f"Hotswap: {key} has rank {rank}, but the compiled model has room for {room}: call "
             f"prepare_model_for_compiled_hotswap(model, target_rank={rank}) before compiling it."
         )
 
@@ -288,9 +311,9 @@ def _apply(swap: _Swap, adapter_name: str) -> None:
     if swap.rank > _physical_rank(layer, adapter_name):
         _make_room(layer, adapter_name, swap.rank)
     _note_room(layer, adapter_name)
+    room, dims = _physical_rank(layer, adapter_name), _rank_dims(layer, adapter_name)
     for slot, value in swap.values.items():
-        parameter, dim = slots[slot], _RANKED.get(slot)
-        parameter.copy_(value if dim is None else _padded(value, dim, parameter.shape[dim]))
+        slots[slot].copy_(dims[slot].fit(value, room) if slot in dims else value)
     layer.r[adapter_name] = swap.rank
     layer.lora_alpha[adapter_name] = swap.alpha
     if isinstance(layer.scaling[adapter_name], torch.Tensor):

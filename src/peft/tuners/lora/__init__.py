@@ -8,7 +8,10 @@ from .config import (
     ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraRuntimeConfig,
     MontecloraConfig, VeloraConfig,
 )
+from .conversion import convert_to_lora, save_as_lora
+from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from .loraga import preprocess_loraga
 from .model import LoraModel
 
 __all__ = [

@@ -8,7 +8,8 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +18,13 @@ from tqdm import tqdm
 from peft.utils.incremental_pca import IncrementalPCA
 from peft.utils.other import _get_submodules, get_pattern_key
 from peft.utils.warning import PeftWarning
+from peft.weights import find_weight
 
 from .config import LoraConfig
 from .inits.calibration import linear_targets
-from .layer import Embedding, LoraLayer, MultiheadAttention, _ConvNd
+from .layer import Embedding, LoraLayer, _ConvNd
 
-if TYPE_CHECKING:
-    from collections.abc import Sized
-
-UNSUPPORTED_LORA_MODULES = (Embedding, MultiheadAttention, _ConvNd)
+UNSUPPORTED_LORA_MODULES = (Embedding, _ConvNd)
 _MOST_PASSES = 100  # over the data, after which layers that have not converged are taken as they are
 
 
@@ -257,7 +256,9 @@ def get_eva_state_dict(
             needed: dict[str, int] = {}
             for name, r in ranks.items():
                 key = stands_for.get(name, name)
-                needed[key] = max(needed.get(key, 0), min(round(r * config.eva_config.rho), layers[name].in_features))
+                needed[key] = max(
+                    needed.get(key, 0), min(round(r * config.eva_config.rho), find_weight(layers[name]).shape[1])
+                )
             hooks = {name: SVDHook(n, config.eva_config.tau, **options(name)) for name, n in needed.items()}
             _run_until_converged(hooks, dataloader, run, show_progress_bar)
     finally:
@@ -273,7 +274,7 @@ def _first(dataloader: Iterable[Any]) -> Any:
 
 
 def _run_until_converged(
-    hooks: dict[str, SVDHook], dataloader: Iterable[Any] | Sized, run: Callable[..., None], show_progress_bar: bool
+    hooks: dict[str, SVDHook], dataloader: Iterable[Any], run: Callable[..., None], show_progress_bar: bool
 ) -> None:
     left = dict(hooks)
     with tqdm(total=len(hooks), desc="EVA", disable=not show_progress_bar) as progress:
@@ -334,8 +335,6 @@ def _layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str
 
 
 def _adapter_off(model: nn.Module) -> Any:
-    from contextlib import nullcontext
-
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 

@@ -93,15 +93,16 @@ class LoraConfig(PeftConfig):
     init_lora_weights: (
         bool
         | Literal[
-            "gaussian",
+            "corda",
             "eva",
+            "gaussian",
+            "loftq",
+            "lora_ga",
+            "mica",
             "olora",
+            "orthogonal",
             "pissa",
             "pissa_niter_[number of iters]",
-            "corda",
-            "loftq",
-            "orthogonal",
-            "mica",
         ]
     ) = field(default=True, metadata={"help": "Start of A and B."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Numbers of layers to adapt."})

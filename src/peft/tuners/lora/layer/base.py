@@ -333,9 +333,5 @@ class LoraLayer(AdapterLayer):
     def _adapter_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {key: kwargs.pop(key) for key in VARIANT_KWARG_KEYS if key in kwargs}
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        variant = self.lora_variant.get(adapter_name)
-        return variant is None or variant.supports_lora_conversion()
-
     def __repr__(self) -> str:
         return "lora." + super().__repr__()

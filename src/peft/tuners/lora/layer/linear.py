@@ -115,6 +115,10 @@ class LoraLinearBase(LoraLayer, nn.Module):
         a, b = (factor.double() if factor.dtype == torch.float64 else factor.float() for factor in self.factors(name))
         return transpose(b @ a, self.fan_in_fan_out) * self.scaling[name]
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        variant = self.lora_variant.get(adapter_name)
+        return variant is None or variant.supports_lora_conversion()
+
     # ---- the fused path --------------------------------------------------------------------------------------------
     def _plan_run(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         run = super()._plan_run()

@@ -25,6 +25,9 @@ class ALoraLinearVariant(AdditiveVariant):
     def why_not_foldable(self, layer: LoraLayer, name: str) -> str | None:
         return "it is an aLoRA adapter (alora_invocation_tokens), which leaves the tokens before its invocation alone."
 
+    def supports_lora_conversion(self) -> bool:
+        return False  # plain LoRA would act on every token
+
     @staticmethod
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any

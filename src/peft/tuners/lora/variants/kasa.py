@@ -40,6 +40,9 @@ class KasaLinearVariant(AdditiveVariant):
         like = module.factors(adapter_name)[0]
         module.lora_diag[adapter_name] = nn.Parameter(torch.randn(r, dtype=like.dtype, device=like.device))
 
+    def supports_lora_conversion(self) -> bool:
+        return False  # the base weight was truncated: what the adapter adds does not go on top of the whole one
+
     @staticmethod
     def delta(module: LoraLayer, active_adapter: str) -> torch.Tensor:
         a, b = (factor.to(_wide(factor)) for factor in module.factors(active_adapter))
