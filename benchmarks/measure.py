@@ -118,10 +118,6 @@ def add_adapter(model: nn.Module, case: Case, implementation: Implementation) ->
     for name, parameter in trained:
         if "lora_A" in name:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
-    if implementation.cast_back:
-        for module in model.modules():
-            if hasattr(module, "lora_A"):
-                module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
     return model
 
 

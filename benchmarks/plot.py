@@ -22,7 +22,6 @@ LABELS = {
     "floor": "no adapter (floor)",
     "upstream-lora": "LoRA, upstream",
     "upstream-dora": "DoRA, upstream",
-    "upstream-dora-cast": "DoRA, upstream, output cast back",
     "lora": "LoRA, ours",
     "dora": "DoRA, ours, PyTorch",
     "dora-triton": "DoRA, ours, Triton",
@@ -31,7 +30,6 @@ COLOURS = {
     "floor": "#b0b0b0",
     "upstream-lora": "#f2b134",
     "upstream-dora": "#d1495b",
-    "upstream-dora-cast": "#8d2f3c",
     "lora": "#7fb7be",
     "dora": "#3d7ea6",
     "dora-triton": "#1b3a5c",
@@ -46,7 +44,7 @@ def draw_panel(axes, runs: dict[str, dict[str, dict]], field: str, title: str) -
         for position, run in enumerate(runs.values()):
             if name not in run:
                 continue
-            unit = run.get("upstream-lora", run.get("upstream-dora-cast", run[name]))[field]
+            unit = run.get("upstream-lora", run.get("upstream-dora", run[name]))[field]
             x = position + (i - (len(names) - 1) / 2) * width
             axes.bar(x, run[name][field] / unit, width, color=COLOURS[name])
             value = f"{run[name][field]:,.0f}" if run[name][field] >= 100 else f"{run[name][field]:.3g}"

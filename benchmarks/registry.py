@@ -73,15 +73,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Implementation:
-    """Who computes: `package` is `"ours"`, `"upstream"` or None (the frozen base alone); `config` is for LoraConfig.
-
-    `cast_back` returns each adapted layer's output to its input's dtype, which upstream's DoRA leaves undone.
-    """
+    """Who computes: `package` is `"ours"`, `"upstream"` or None (the frozen base alone); `config` is for LoraConfig."""
 
     name: str
     package: str | None
     config: dict[str, bool]
-    cast_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,15 +119,13 @@ IMPLEMENTATIONS = {
         Implementation("floor", None, {}),
         Implementation("upstream-lora", "upstream", {}),
         Implementation("upstream-dora", "upstream", {"use_dora": True}),
-        Implementation("upstream-dora-cast", "upstream", {"use_dora": True}, cast_back=True),
         Implementation("lora", "ours", {}),
         Implementation("dora", "ours", {"use_dora": True}),
         Implementation("dora-triton", "ours", {"use_dora": True, "use_dora_triton": True}),
     )
 }
 # What a plain run measures of a case; the full 70B has one comparison to make, and each of its steps is long.
-DEFAULT_IMPLEMENTATIONS = [name for name in IMPLEMENTATIONS if name != "upstream-dora-cast"]
-IMPLEMENTATIONS_OF = {"70b": ["upstream-dora-cast", "dora-triton"]}
+IMPLEMENTATIONS_OF = {"70b": ["upstream-dora", "dora-triton"]}
 
 GOALS = (
     Goal("c1", "dora-triton", "upstream-lora", time=0.78, memory=1.0),
@@ -142,7 +136,7 @@ GOALS = (
     Goal("c1", "lora", "upstream-lora", time=0.85),
     Goal("c4", "lora", "upstream-lora", time=0.85),
     Goal("m1", "dora-triton", None, at_most_ms=5.6),
-    Goal("70b", "dora-triton", "upstream-dora-cast", time=0.40, less_mib=4500),
+    Goal("70b", "dora-triton", "upstream-dora", time=0.40, less_mib=4500),
 )
 
 # Attained by plain PyTorch on an H100 SXM: bf16 products of these sizes, and copies within its memory.
@@ -152,7 +146,7 @@ H100_BYTES = 3.0e12
 
 def implementations_of(case: Case) -> list[str]:
     """The names of the implementations that a plain run measures of `case`."""
-    return IMPLEMENTATIONS_OF.get(case.name, DEFAULT_IMPLEMENTATIONS)
+    return IMPLEMENTATIONS_OF.get(case.name, list(IMPLEMENTATIONS))
 
 
 def predict_ms(case: Case, implementation: Implementation) -> float | None:

@@ -22,7 +22,6 @@ COLUMNS = {
     "floor": "no adapter",
     "upstream-lora": "upstream LoRA",
     "upstream-dora": "upstream DoRA",
-    "upstream-dora-cast": "upstream DoRA, cast back",
     "lora": "our LoRA",
     "dora": "our DoRA, PyTorch",
     "dora-triton": "**our DoRA, Triton**",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def test_a_subfolder_and_arguments_of_the_hub(tmp_path):
 
 def test_the_file_wins_over_arguments(saved):
     assert LoraConfig.from_pretrained(saved, r=9, inference_mode=True).r == 5
+    rewrite(saved, without=("r",))
+    assert LoraConfig.from_pretrained(saved, r=9).r == 9
 
 
 def test_hub_arguments_reach_the_hub(monkeypatch, saved):
@@ -117,13 +120,14 @@ def test_hub_arguments_reach_the_hub(monkeypatch, saved):
 
 
 # ---- a save that fails ---------------------------------------------------------------------------------------------
-def test_a_failed_save_leaves_the_old_file(monkeypatch, saved):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(monkeypatch, saved, step):
     before = (saved / FILE).read_bytes()
 
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match="no space"):
         LoraConfig(r=6).save_pretrained(saved)
     assert (saved / FILE).read_bytes() == before
@@ -157,6 +161,13 @@ def test_unknown_keys_of_a_newer_version_hint_at_upgrading(saved):
         LoraConfig.from_pretrained(saved)
 
 
+def test_a_newer_version_alone_is_no_reason_to_warn(saved):
+    rewrite(saved, peft_version="99.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LoraConfig.from_pretrained(saved).peft_version == "99.0"
+
+
 def test_unknown_keys_inside_an_option_are_named_too(saved):
     rewrite(saved, init_lora_weights="eva", eva_config={"rho": 2.5, "newer": 1})
     with pytest.warns(PeftWarning, match="EvaConfig does not know newer"):
@@ -183,9 +194,10 @@ def test_the_class_can_stand_for_a_missing_type(saved):
 
 
 # ---- broken files --------------------------------------------------------------------------------------------------
-def test_a_truncated_file_is_named(saved):
+@pytest.mark.parametrize("length", [0, 40])
+def test_a_truncated_file_is_named(saved, length):
     path = saved / FILE
-    path.write_text(path.read_text()[:40])
+    path.write_text(path.read_text()[:length])
     with pytest.raises(ValueError, match=f"{FILE} is not valid JSON"):
         LoraConfig.from_pretrained(saved)
 

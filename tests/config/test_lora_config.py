@@ -49,7 +49,9 @@ from peft.tuners.lora.config import (
         ({"use_dora": True, "lora_bias": True}, "use_dora=True and lora_bias=True"),
         ({"use_dora": True, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq.*use_dora"),
         ({"init_lora_weights": "loftq"}, "needs loftq_config"),
+        ({"init_lora_weights": "loftq", "loftq_config": {}}, "needs loftq_config"),
         ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias=True.*'pissa'"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True.*'gaussian'"),
     ],
 )
 def test_refused_values_are_named_with_the_remedy(kwargs, message):
@@ -104,10 +106,40 @@ def test_biases(bias):
     assert LoraConfig(bias=bias, use_dora=True).bias == bias
 
 
-def test_dora_goes_with_other_options():
-    for more in ({}, {"use_rslora": True}, {"init_lora_weights": "pissa"}, {"megatron_config": {}}, {"bias": "all"}):
-        assert LoraConfig(use_dora=True, **more).use_dora
-    assert LoraConfig(use_dora=True, use_dora_triton=True).use_dora_triton
+ACCEPTED = [
+    {"target_modules": "x.*"},
+    {"task_type": "SEQ_CLS"},
+    {"layers_to_transform": [0]},
+    {"layers_to_transform": 0},
+    {"modules_to_save": "head"},
+    {"rank_pattern": None},
+    {"alpha_pattern": {"a": 4}},
+    {"target_parameters": ["w"]},
+    {"layer_replication": [[0, 2]]},
+    {"kasa_config": KasaConfig()},
+    {"velora_config": VeloraConfig()},
+    {"monteclora_config": MontecloraConfig()},
+    {"use_bdlora": BdLoraConfig()},
+    {"arrow_config": ArrowConfig()},
+    {"lora_ga_config": LoraGAConfig()},
+    {"lora_bias": True, "bias": "all"},
+    {"trainable_token_indices": [1]},
+    {"trainable_token_indices": {"emb": [1]}},
+    {"ensure_weight_tying": True},
+    {"use_dora": True, "megatron_config": {}},
+    {"use_dora": True, "use_rslora": True},
+    {"use_dora": True, "init_lora_weights": "pissa"},
+    {"use_dora": True, "alora_invocation_tokens": [1]},
+    {"use_dora": True, "use_qalora": True},
+    {"use_dora": True, "target_parameters": ["w"]},
+    {"use_dora": True, "use_dora_triton": True},
+]
+
+
+@pytest.mark.parametrize("settings", ACCEPTED, ids=str)
+def test_accepted_as_given(settings):
+    config = LoraConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
 
 
 def test_ranks_of_other_integer_types_become_int():

@@ -10,7 +10,6 @@ from torch import nn
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-
 CASES = {
     "linear": (lambda: nn.Linear(8, 6), (3, 8)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
@@ -23,7 +22,9 @@ CASES = {
 
 def adapted(base, names=("a",), **options):
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(base()), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, **options), names[0])
+    model = get_peft_model(
+        nn.Sequential(base()), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, **options), names[0]
+    )
     for name in names[1:]:
         model.add_adapter(name, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, **options))
     layer = next(module for module in model.modules() if isinstance(module, LoraLayer))

@@ -39,7 +39,11 @@ class Net(nn.Module):
 def config(r=3, **settings):
     options = {"rho": 1.0, "tau": 0.95, **settings}
     return LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=["q", "v", "out"], init_lora_weights="eva", eva_config=EvaConfig(**options)
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=["q", "v", "out"],
+        init_lora_weights="eva",
+        eva_config=EvaConfig(**options),
     )
 
 

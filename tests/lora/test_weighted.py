@@ -40,7 +40,9 @@ def model_with(*settings, targets=("a", "b")):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.rand_like(parameter) + 0.1 if "magnitude" in name else torch.randn_like(parameter))
+                parameter.copy_(
+                    torch.rand_like(parameter) + 0.1 if "magnitude" in name else torch.randn_like(parameter)
+                )
     return model
 
 
@@ -113,9 +115,7 @@ def test_one_adapter_is_copied_and_scaled(combination_type):
 
 @pytest.mark.parametrize("combination_type", ["linear", "svd", "cat", "dare_ties_svd"])
 def test_magnitudes_add_up_as_changes_of_the_norm(combination_type):
-    layers = mix(
-        model_with({"use_dora": True}, {"use_dora": True}), combination_type=combination_type, density=0.5
-    )
+    layers = mix(model_with({"use_dora": True}, {"use_dora": True}), combination_type=combination_type, density=0.5)
     for layer in (layers["a"], layers["b"]):
         norm = layer.get_base_layer().weight.norm(dim=1)
         first, second, both = (layer.lora_magnitude_vector[name].weight for name in ("ad0", "ad1", "mix"))

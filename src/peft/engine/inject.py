@@ -71,9 +71,9 @@ def shorten_target_modules(config: PeftConfig, matches: Matches) -> None:
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, (list, set)) or len(targets) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
         return
-    if not set(targets) <= set(matches.targeted):
+    if not set(targets) <= {*matches.targeted, *matches.excluded}:
         return  # some are suffixes already
-    others = [*matches.unmatched, *matches.excluded]
+    others = {*matches.unmatched, *matches.excluded} - set(targets)
     shorter = find_minimal_target_modules(list(targets), others)
     if len(shorter) < len(targets):
         config.target_modules = shorter

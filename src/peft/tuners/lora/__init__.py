@@ -18,4 +18,5 @@ __all__ = [
     "ArrowConfig", "BdLoraConfig", "Conv1d", "Conv2d", "Conv3d", "Embedding", "EvaConfig", "KasaConfig",
     "Linear", "Linear4bit", "Linear8bitLt", "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraLayer",
     "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig",
+    "convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga", "save_as_lora",
 ]

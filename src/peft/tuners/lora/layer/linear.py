@@ -119,6 +119,12 @@ class LoraLinearBase(LoraLayer, nn.Module):
         variant = self.lora_variant.get(adapter_name)
         return variant is None or variant.supports_lora_conversion()
 
+    def base_product(self, x: torch.Tensor) -> torch.Tensor:
+        weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
+        if not weight.direct() or weight.compute_dtype not in (None, x.dtype):
+            return super().base_product(x)
+        return nn.functional.linear(x, weight.dense(x.dtype))  # no bias to take away again, so nothing rounds twice
+
     # ---- the fused path --------------------------------------------------------------------------------------------
     def _plan_run(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         run = super()._plan_run()
