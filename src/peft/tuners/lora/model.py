@@ -21,13 +21,13 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 from . import bnb, layer, weighted
 from .config import LoraConfig
+from .parameters import inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .variants.kasa import kasa_loss
 
 _MAGNITUDE = "lora_magnitude_vector"
 # Options of LoraConfig whose methods are not in this package yet, with the value that leaves them off.
 _NOT_AVAILABLE = (
-    "target_parameters",
     "megatron_config",
     "monteclora_config",
     "arrow_config",
@@ -71,6 +71,11 @@ class LoraModel(BaseTuner):
     def _prepare_model(self, peft_config: LoraConfig, model: Module) -> None:
         if peft_config.layer_replication:
             replicate_layers(model, peft_config.layer_replication)
+
+    def _inject_parameters(
+        self, peft_config: LoraConfig, model: Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        return inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage)
 
     # ---- calls -----------------------------------------------------------------------------------------------------
     @contextmanager

@@ -15,6 +15,7 @@ from .base import VARIANT_KWARG_KEYS, LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd
 from .embedding import Embedding
 from .linear import Linear, LoraLinearBase
+from .param import ParamWrapper, _LoraParameterProxy
 from .variant import LoraVariant
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ __all__ = [
     "LoraLayer",
     "LoraLinearBase",
     "LoraVariant",
+    "ParamWrapper",
     "_ConvNd",
+    "_LoraParameterProxy",
     "dispatch_default",
 ]

@@ -1,0 +1,91 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Which bare parameters of a model a config targets (`target_parameters`), and putting an adapter on them."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peft.engine.layer import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
+
+from .layer.param import ParamWrapper
+
+if TYPE_CHECKING:
+    from .config import LoraConfig
+    from .model import LoraModel
+
+
+def inject_parameters(
+    tuner: LoraModel, config: LoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    """Put an adapter on every parameter whose name is, or ends with, one of `target_parameters`.
+
+    Returns:
+        Their names, as the model calls them without wrappers.
+
+    Raises:
+        NoMatchingPeftModuleError: There is none, and no module is adapted either.
+        ValueError: A parameter belongs to a module that is adapted as a whole.
+    """
+    targets = config.target_parameters or ()
+    targeted: list[str] = []
+    unused = set(targets)
+    for path, owner in list(model.named_modules()):
+        if isinstance(owner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        plain = ".".join(part for part in path.split(".") if part != "base_layer")
+        for name, _ in list(owner.named_parameters(recurse=False)):
+            key = f"{plain}.{name}" if plain else name
+            hits = {target for target in targets if key == target or key.endswith(f".{target}")}
+            if not hits:
+                continue
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                _adapt(tuner, config, model, adapter_name, plain, name, key)
+            unused -= hits
+            targeted.append(key)
+    if targets and not targeted and not tuner.targeted_module_names:
+        raise NoMatchingPeftModuleError(
+            f"target_parameters={list(targets)!r} names no parameter of the base model, and no module is adapted either: "
+            "give full names or ends of names as in model.named_parameters()."
+        )
+    if unused:
+        warnings.warn(
+            f"target_parameters: {', '.join(sorted(unused))} name no parameter of the base model.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return targeted
+
+
+def _adapt(
+    tuner: LoraModel, config: LoraConfig, model: nn.Module, adapter_name: str, path: str, name: str, key: str
+) -> None:
+    if not path:
+        raise ValueError(
+            f"target_parameters: {name} belongs to the model itself; only parameters of modules are adapted."
+        )
+    parent, outer, child = _get_submodules(model, path)
+    rank_key = get_pattern_key(config.rank_pattern.keys(), key)
+    alpha_key = get_pattern_key(config.alpha_pattern.keys(), key)
+    r = config.rank_pattern.get(rank_key, config.r)
+    lora_alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+    wrapper = outer
+    while isinstance(wrapper, BaseTunerLayer):
+        if not isinstance(wrapper, ParamWrapper):
+            raise ValueError(
+                f"{key} is in target_parameters, and its module {path} is adapted as a whole too: take one of them out."
+            )
+        if wrapper.parameter_name == name:
+            wrapper.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+            return
+        wrapper = wrapper.base_layer
+    new = ParamWrapper(outer, adapter_name, name, config=config, r=r, lora_alpha=lora_alpha, target_name=key)
+    if adapter_name not in tuner.active_adapters:
+        new.requires_grad_(False)  # an added adapter is not trained before it is activated
+    tuner._replace_module(parent, child, new, outer)
