@@ -16,7 +16,6 @@ from peft.dora.route import interpreting, triton_is_installed
 AT_LEAST = 150
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not triton_is_installed(), reason="triton is not installed")
 @pytest.mark.skipif(interpreting(), reason="the interpreter runs already")
 def test_kernels_in_the_interpreter():

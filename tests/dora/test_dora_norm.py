@@ -152,11 +152,12 @@ def test_wrong_shapes_are_refused(body):
         dora.row_norm(DenseWeight(W), A[:, :-1], B, 1.0, route=body.route)
 
 
-def quantised(kind, out, features, device, nested=True, blocksize=64):
+def quantised(kind, out, features, device, nested=True, blocksize=64, dtype=torch.float32):
     bnb = pytest.importorskip("bitsandbytes")
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(out, features, generator=generator) * features**-0.5
     data[0] *= 30
+    data = data.to(dtype)
     if kind == "int8":
         layer = bnb.nn.Linear8bitLt(features, out, bias=False, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(data, has_fp16_weights=False, requires_grad=False)
@@ -172,8 +173,10 @@ def quantised(kind, out, features, device, nested=True, blocksize=64):
 @pytest.mark.parametrize(("out", "features"), [(48, 64), (33, 192), (20, 30), (17, 31)], ids=str)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_packed_4bit(body, kind, nested, out, features):
-    weight = quantised(kind, out, features, body.device, nested)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_packed_4bit(body, stored, kind, nested, out, features):
+    """Also where the weight that was quantised was a narrow one, to which its values are rounded again."""
+    weight = quantised(kind, out, features, body.device, nested, dtype=stored)
     if weight.packed() is None:
         pytest.skip("interleaved for AVX512: no kernel reads it")
     _, A, B = factors(out, features, 5, torch.float32, body.device)
@@ -188,14 +191,15 @@ def test_packed_8bit(body):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_dequantised_bit_for_bit(body, kind, dtype):
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+def test_dequantised_bit_for_bit(body, stored, kind, dtype):
     if body.route.path != "triton" or dtype not in body.dtypes:
         pytest.skip("for kernels, in dtypes that they compute in")
     from peft.dora import kernels
 
     for nested in (False, True):
         for shape in ((33, 70), (16, 64), (7, 31)):
-            weight = quantised(kind, *shape, body.device, nested)
+            weight = quantised(kind, *shape, body.device, nested, dtype=stored)
             packed = weight.packed()
             found, expected = kernels.dequantise(packed, dtype), weight.dense(torch.float32).to(dtype)
             if kind == "int8" and body.device == "cuda":  # PyTorch divides by 127 there by a product, one bit apart

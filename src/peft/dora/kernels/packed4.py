@@ -25,6 +25,22 @@ def load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_block, m_bl
     return b_absmax
 
 
+# The dtypes that a weight is dequantised to; the products use it rounded so, and the norm has to be of what they use.
+ROUNDINGS = {torch.bfloat16: 1, torch.float16: 2}
+
+
+@triton.jit
+def round_to(b_x, ROUND: tl.constexpr):
+    """A float32 block rounded to bfloat16 (1), to float16 (2) or not at all (0), and back."""
+    if ROUND == 1:  # to nearest, ties to even, on the bits: the interpreter's bfloat16 is none
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_bits += 0x7FFF + ((b_bits >> 16) & 1)
+        b_x = (b_bits & -65536).to(tl.float32, bitcast=True)
+    if ROUND == 2:
+        b_x = b_x.to(tl.float16).to(tl.float32)
+    return b_x
+
+
 @triton.jit
 def load_weight4(
     data_ptr,
@@ -40,9 +56,13 @@ def load_weight4(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     EVEN: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The tile W[o_m, k : k + BLOCK_K] in float32; EVEN says that in_features is, so that no byte spans two rows."""
+    """The tile W[o_m, k : k + BLOCK_K] as it is dequantised, in float32.
+
+    EVEN says that in_features is, so that no byte spans two rows; ROUND is the dtype's entry in ROUNDINGS.
+    """
     if EVEN:
         o_half = k // 2 + tl.arange(0, BLOCK_K // 2)
         m_half = (o_m < out_features)[:, None] & (o_half < in_features // 2)[None, :]
@@ -53,14 +73,14 @@ def load_weight4(
         )
         b_high = tl.load(code_ptr + (b_byte >> 4)) * b_scale
         b_low = tl.load(code_ptr + (b_byte & 15)) * b_scale
-        return tl.interleave(b_high, b_low)
+        return tl.interleave(round_to(b_high, ROUND), round_to(b_low, ROUND))
     o_k = k + tl.arange(0, BLOCK_K)
     m_w = (o_m < out_features)[:, None] & (o_k < in_features)[None, :]
     o_w = o_m[:, None] * in_features + o_k[None, :]  # [BLOCK_M, BLOCK_K]
     b_byte = tl.load(data_ptr + o_w // 2, mask=m_w, other=0).to(tl.int32)
     b_nibble = (b_byte >> ((1 - o_w % 2) * 4).to(tl.int32)) & 15
     b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_w // BLOCKSIZE, m_w, NESTED)
-    return tl.load(code_ptr + b_nibble) * b_scale
+    return round_to(tl.load(code_ptr + b_nibble) * b_scale, ROUND)
 
 
 @triton.jit
@@ -75,6 +95,7 @@ def dequantise4_kernel(
     elements,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
@@ -82,8 +103,8 @@ def dequantise4_kernel(
     m_byte = o_byte * 2 < elements
     b_byte = tl.load(data_ptr + o_byte, mask=m_byte, other=0).to(tl.int32)  # [BLOCK]
     b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_byte, NESTED)
-    b_high = tl.load(code_ptr + (b_byte >> 4)) * b_scale
-    b_low = tl.load(code_ptr + (b_byte & 15)) * b_scale
+    b_high = round_to(tl.load(code_ptr + (b_byte >> 4)) * b_scale, ROUND)
+    b_low = round_to(tl.load(code_ptr + (b_byte & 15)) * b_scale, ROUND)
     b_w = tl.interleave(b_high.to(w_ptr.dtype.element_ty), b_low.to(w_ptr.dtype.element_ty))  # [2 * BLOCK]
     o_w = i * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
     tl.store(w_ptr + o_w, b_w, mask=o_w < elements)
@@ -101,7 +122,7 @@ def packed4_args(packed: Any) -> tuple[tuple, tuple[int, int]]:
 
 
 def dequantise_packed4(packed: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix `[out, in]` of NF4 or FP4 bytes: code times scale in float32, rounded once to `dtype`."""
+    """The matrix `[out, in]` of NF4 or FP4 bytes: code times scale, rounded to the dtype that was quantised, in `dtype`."""
     w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
     block = 16 if INTERPRETED else 1024
     pointers, constants = packed4_args(packed)
@@ -109,7 +130,7 @@ def dequantise_packed4(packed: Any, dtype: torch.dtype) -> torch.Tensor:
         (ceil_div(w.numel(), 2 * block), 1, 1),
         (packed.data, *pointers, w),
         (w.numel(),),
-        (*constants, block),
+        (*constants, 0 if packed.dtype == dtype else ROUNDINGS.get(packed.dtype, 0), block),
         # The nested scale is a product and a sum, each rounded, in bitsandbytes: fused it would round once.
         fusion=False,
     )

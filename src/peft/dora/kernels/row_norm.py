@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import Kernel
-from .packed4 import load_weight4, packed4_args
+from .packed4 import ROUNDINGS, load_weight4, packed4_args
 from .packed8 import load_weight8
 from .tiles import ceil_div, rank_block
 from .tuning import NormTiles, choose
@@ -22,8 +22,8 @@ PLAIN, FOUR_BIT, EIGHT_BIT = 0, 4, 8
 def sum_squares(
     w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr, o_m, scaling,
     out_features, in_features, stride_wm, stride_wk,
-    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, ROUND: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Σ_k (W + s·BA)[o_m, k]² in float32."""
     m_m = o_m < out_features
@@ -51,7 +51,7 @@ def sum_squares(
         if FORMAT == 4:
             b_w = load_weight4(
                 w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_m, k, out_features, in_features,
-                BLOCKSIZE, NESTED, EVEN, BLOCK_K,
+                BLOCKSIZE, NESTED, EVEN, ROUND, BLOCK_K,
             )  # fmt: skip
         elif FORMAT == 8:
             b_w = load_weight8(w_ptr, scale_ptr, o_m, k, out_features, in_features, BLOCK_K)
@@ -68,8 +68,8 @@ def row_norm_fwd_kernel(
     w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr,
     old_ptr, stats_ptr, magnitude_ptr, changed_ptr, epoch, scaling, floor,
     out_features, in_features, stride_wm, stride_wk,
-    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, ROUND: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < out_features
@@ -84,7 +84,7 @@ def row_norm_fwd_kernel(
             sum_squares(
                 w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr, o_m, scaling,
                 out_features, in_features, stride_wm, stride_wk,
-                FORMAT, BLOCKSIZE, NESTED, EVEN, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
+                FORMAT, BLOCKSIZE, NESTED, EVEN, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
             )
         )  # fmt: skip
     tl.store(stats_ptr + o_m, b_norm, mask=m_m)
@@ -104,12 +104,12 @@ class Source(NamedTuple):
     Args:
         pointers: Its data and what its scales need.
         strides: Elements from row to row and from column to column; for plain weights.
-        constants: FORMAT, BLOCKSIZE, NESTED, EVEN.
+        constants: FORMAT, BLOCKSIZE, NESTED, EVEN, ROUND.
     """
 
     pointers: tuple
     strides: tuple[int, int]
-    constants: tuple[int, int, int, bool]
+    constants: tuple[int, int, int, bool, int]
 
 
 def source_of(weight: Any, packed: Any) -> Source | None:
@@ -123,11 +123,12 @@ def source_of(weight: Any, packed: Any) -> Source | None:
         if weight.format != "plain":
             return None
         matrix = weight.dense()
-        return Source((matrix, None, None, None, None, None), matrix.stride(), (PLAIN, 0, 0, False))
+        return Source((matrix, None, None, None, None, None), matrix.stride(), (PLAIN, 0, 0, False, 0))
     if packed.kind == "int8":
-        return Source((packed.data, packed.scb, None, None, None, None), (0, 0), (EIGHT_BIT, 0, 0, False))
+        return Source((packed.data, packed.scb, None, None, None, None), (0, 0), (EIGHT_BIT, 0, 0, False, 0))
     scales, (blocksize, nested) = packed4_args(packed)
-    return Source((packed.data, *scales), (0, 0), (FOUR_BIT, blocksize, nested, packed.shape[1] % 2 == 0))
+    constants = (FOUR_BIT, blocksize, nested, packed.shape[1] % 2 == 0, ROUNDINGS.get(packed.dtype, 0))
+    return Source((packed.data, *scales), (0, 0), constants)
 
 
 def launch_row_norm(

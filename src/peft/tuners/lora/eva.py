@@ -22,9 +22,9 @@ from peft.weights import find_weight
 
 from .config import LoraConfig
 from .inits.calibration import linear_targets
-from .layer import Embedding, LoraLayer, _ConvNd
+from .layer import Embedding, LoraLayer, MultiheadAttention, _ConvNd
 
-UNSUPPORTED_LORA_MODULES = (Embedding, _ConvNd)
+UNSUPPORTED_LORA_MODULES = (Embedding, MultiheadAttention, _ConvNd)
 _MOST_PASSES = 100  # over the data, after which layers that have not converged are taken as they are
 
 

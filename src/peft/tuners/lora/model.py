@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch.nn import Module
+from transformers import PreTrainedModel
 
 from peft.engine.layer import BaseTunerLayer
 from peft.engine.replicate import replicate_layers
@@ -18,6 +20,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.seams import public
 
 from . import bnb, layer, weighted
 from .config import LoraConfig
@@ -25,6 +28,7 @@ from .parameters import inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .variants.kasa import kasa_loss
 
+_CONVERSIONS = "transformers.conversion_mapping"  # since transformers 5, which stacks experts
 _MAGNITUDE = "lora_magnitude_vector"
 # Options of LoraConfig whose methods are not in this package yet, with the value that leaves them off.
 _NOT_AVAILABLE = (
@@ -67,6 +71,15 @@ class LoraModel(BaseTuner):
                     f"{option}={getattr(config, option)!r}: this option of LoraConfig is not available in this "
                     "version; leave it out."
                 )
+
+    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
+        """As of every tuner; names of single experts become the stacked parameters that transformers makes of them."""
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        if isinstance(self.model, PreTrainedModel) and find_spec(_CONVERSIONS) is not None:
+            conversions = public(_CONVERSIONS, "get_model_conversion_mapping")(self.model)
+            convert = public("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers")
+            convert(config, self.model, conversions)
+        return config
 
     def _prepare_model(self, peft_config: LoraConfig, model: Module) -> None:
         if peft_config.layer_replication:
@@ -152,7 +165,7 @@ class LoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         raise ValueError(
             f"{kwargs.get('target_name', 'The target')} is a {type(base).__name__}, which LoRA cannot adapt. It adapts "
-            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers' Conv1D and bitsandbytes' 4-bit and "
+            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D and bitsandbytes' 4-bit and "
             "8-bit linear layers: name such modules in target_modules."
         )
 

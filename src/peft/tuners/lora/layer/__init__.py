@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft.engine.layer import BaseTunerLayer
 
+from .attention import MultiheadAttention
 from .base import VARIANT_KWARG_KEYS, LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd
 from .embedding import Embedding
@@ -41,6 +42,7 @@ def dispatch_default(
         (nn.Conv1d, Conv1d),
         (nn.Conv2d, Conv2d),
         (nn.Conv3d, Conv3d),
+        (nn.MultiheadAttention, MultiheadAttention),
     ):
         if isinstance(base, base_class):
             return layer_class(target, adapter_name, config=config, **kwargs)
@@ -57,7 +59,18 @@ def dispatch_default(
 
 
 # The path that other packages know these classes by, in pickles and when they compare qualified names.
-for _cls in (Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, LoraVariant):
+for _cls in (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    LoraLayer,
+    LoraVariant,
+    MultiheadAttention,
+    ParamWrapper,
+    _LoraParameterProxy,
+):
     _cls.__module__ = __name__
 
 __all__ = [
@@ -70,6 +83,7 @@ __all__ = [
     "LoraLayer",
     "LoraLinearBase",
     "LoraVariant",
+    "MultiheadAttention",
     "ParamWrapper",
     "_ConvNd",
     "_LoraParameterProxy",

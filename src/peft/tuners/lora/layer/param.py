@@ -43,7 +43,61 @@ class _LoraParameterProxy(nn.Module):
         return W + self.delta_weight.to(W)
 
 
-class ParamWrapper(LoraLayer, nn.Module):
+class ParameterLayer(LoraLayer):
+    """What layers share whose adapters change one parameter of the base layer while it runs."""
+
+    parameter_name: str
+
+    def get_param(self) -> torch.Tensor:
+        """The parameter, without adapters."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.get_param()
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        """Let the module see the parameter with the named adapters' updates, for as long as the context is open."""
+        names = [name for name in active_adapters if self.has_adapter(name)]
+        if not names:
+            yield
+            return
+        module, parameter = self.get_base_layer(), self.get_param()
+        delta = sum(self.get_delta_weight(name) for name in names)
+        order = list(module._parameters)
+        del module._parameters[self.parameter_name]
+        object.__setattr__(module, self.parameter_name, _LoraParameterProxy(delta)(parameter))
+        try:
+            yield
+        finally:
+            object.__delattr__(module, self.parameter_name)
+            module._parameters[self.parameter_name] = parameter
+            for name in order:  # the order of a model's parameters is part of optimizers' states
+                module._parameters[name] = module._parameters.pop(name)
+
+    # ---- merging ---------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        for name in names:
+            merged = self.get_param() + self.get_delta_weight(name).to(self.get_param())
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(
+                    f"Merging adapter {name!r} gives values of {self.parameter_name} that are not finite (NaN or "
+                    "infinity); the parameter was left as it is."
+                )
+            self.get_param().data.copy_(merged)
+            self.merged_adapters = [*self.merged_adapters, name]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        for name in reversed(self.merged_adapters):
+            self.get_param().data.sub_(self.get_delta_weight(name).to(self.get_param()))
+        self.merged_adapters = []
+
+
+class ParamWrapper(ParameterLayer, nn.Module):
     """LoRA on one parameter `[out, in]` or `[experts, out, in]` of the wrapped module.
 
     A is `[experts · r, in]`, expert by expert; B is `[out, r · experts]`, the experts of each rank side by side. Several
@@ -104,15 +158,7 @@ class ParamWrapper(LoraLayer, nn.Module):
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r * self.num_experts, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r * self.num_experts, self.out_features, bias=False)
 
-    # ---- the parameter ---------------------------------------------------------------------------------------------
-    def get_param(self) -> torch.Tensor:
-        """The parameter, without adapters."""
-        return getattr(self.get_base_layer(), self.parameter_name)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.get_param()
-
+    # ---- the updates ----------------------------------------------------------------------------------------------------
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """B `[experts, out, r]`, A `[experts, r, in]` and the scaling, such that scaling · B A is what is added."""
         r = self.r[adapter_name]
@@ -144,46 +190,6 @@ class ParamWrapper(LoraLayer, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         with self._activate_lora(self.active_adapters):
             return self.base_layer(x, *args, **kwargs)
-
-    @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """Let the module see the parameter with the named adapters' updates, for as long as the context is open."""
-        names = [name for name in active_adapters if self.has_adapter(name)]
-        if not names:
-            yield
-            return
-        module, parameter = self.get_base_layer(), self.get_param()
-        delta = sum(self.get_delta_weight(name) for name in names)
-        order = list(module._parameters)
-        del module._parameters[self.parameter_name]
-        object.__setattr__(module, self.parameter_name, _LoraParameterProxy(delta)(parameter))
-        try:
-            yield
-        finally:
-            object.__delattr__(module, self.parameter_name)
-            module._parameters[self.parameter_name] = parameter
-            for name in order:  # the order of a model's parameters is part of optimizers' states
-                module._parameters[name] = module._parameters.pop(name)
-
-    # ---- merging ---------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
-        for name in names:
-            merged = self.get_param() + self.get_delta_weight(name).to(self.get_param())
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(
-                    f"Merging adapter {name!r} gives values of {self.parameter_name} that are not finite (NaN or "
-                    "infinity); the parameter was left as it is."
-                )
-            self.get_param().data.copy_(merged)
-            self.merged_adapters = [*self.merged_adapters, name]
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        for name in reversed(self.merged_adapters):
-            self.get_param().data.sub_(self.get_delta_weight(name).to(self.get_param()))
-        self.merged_adapters = []
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
