@@ -112,14 +112,9 @@ class _BaseAutoPeftModel:
         base_model = target_class.from_pretrained(saved.base_model_name_or_path, revision=saved.revision, **for_base)
         cls._fit_vocabulary(base_model, path, revision, kwargs)
         return cls._target_peft_class.from_pretrained(
-            base_model,
-            path,
-            adapter_name=adapter_name,
-            is_trainable=is_trainable,
-            config=config,
-            revision=revision,
+            base_model, path, adapter_name=adapter_name, is_trainable=is_trainable, config=config, revision=revision,
             **kwargs,
-        )
+        )  # fmt: skip
 
     @classmethod
     def _base_model_class(cls, config: PeftConfig, import_allowlist: list[str] | None) -> type:
@@ -170,7 +165,7 @@ class _BaseAutoPeftModel:
         if exists:
             tokenizer = AutoTokenizer.from_pretrained(
                 path, subfolder=subfolder, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
-            )
+            )  # fmt: skip
             base_model.resize_token_embeddings(len(tokenizer))
 
 

@@ -17,14 +17,9 @@ from peft.utils.warning import PeftWarning
 
 
 def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel | PeftMixedModel:
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", mixed: bool = False,
+    autocast_adapter_dtype: bool = True, revision: str | None = None, low_cpu_mem_usage: bool = False,
+) -> PeftModel | PeftMixedModel:  # fmt: skip
     """Put a new adapter on a model.
 
     Args:
@@ -76,12 +71,9 @@ def get_peft_model(
         return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     return cls(
-        model,
-        peft_config,
-        adapter_name=adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
+        model, peft_config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+    )  # fmt: skip
 
 
 def _name_base_model(model: nn.Module, config: PeftConfig, revision: str | None) -> None:

@@ -102,12 +102,9 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
 
     # ---- adapters --------------------------------------------------------------------------------------------------
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype:
+        bool = True,
+    ) -> None:  # fmt: skip
         """Create a further adapter, of any method that goes together with others; it is not activated.
 
         Args:
@@ -234,14 +231,9 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        **kwargs: Any,
-    ) -> PeftMixedModel:
+        cls, model: nn.Module, model_id: str | os.PathLike, adapter_name: str = "default", is_trainable: bool =
+        False, config: PeftConfig | None = None, **kwargs: Any,
+    ) -> PeftMixedModel:  # fmt: skip
         """Put a saved adapter on a base model. Others can be added to it with `load_adapter`.
 
         Args:

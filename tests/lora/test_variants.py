@@ -256,6 +256,20 @@ def test_generation_uses_the_prompts_offsets():
     assert torch.equal(out[1], base[1])
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_under_checkpointing_are_the_same(use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = alora_llama().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
 def test_alora_is_not_merged():
     with pytest.raises(RuntimeError, match="aLoRA"):
         alora_llama().merge_adapter()

@@ -318,12 +318,8 @@ class BaseTuner(Module, ABC):
         return self._unload_and_optionally_merge(merge=False)
 
     def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Names = None,
-    ) -> Module:
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Names = None,
+    ) -> Module:  # fmt: skip
         if merge:
             self._check_merge_allowed()
             self._merging_order(adapter_names)

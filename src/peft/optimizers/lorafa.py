@@ -35,14 +35,9 @@ class LoraFAOptimizer(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-    ) -> None:
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float = 1e-3, betas: tuple[float, float]
+        = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0, correct_bias: bool = True,
+    ) -> None:  # fmt: skip
         if lr < 0:
             raise ValueError(f"lr={lr} must not be negative.")
         if not all(0 <= beta < 1 for beta in betas):
@@ -113,13 +108,8 @@ def _nearest_gradient(gradient: torch.Tensor, lora_a: torch.Tensor, scaling: flo
 
 
 def create_lorafa_optimizer(
-    model: nn.Module,
-    r: int,
-    lora_alpha: int,
-    lr: float,
-    weight_decay: float = 0.0,
-    use_rslora: bool | None = None,
-) -> Optimizer:
+    model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None,
+) -> Optimizer:  # fmt: skip
     """Freeze every A of a model and return an optimizer for the rest.
 
     LoRA of embeddings, whose A starts at zero, is trained as it is.

@@ -53,13 +53,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig,
-        adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-    ) -> None:
+        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool
+        = True, low_cpu_mem_usage: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.active_adapter: str | None = adapter_name
         self.peft_type = peft_config.peft_type
@@ -170,12 +166,9 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     # ---- adapters --------------------------------------------------------------------------------------------------
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype:
+        bool = True,
+    ) -> None:  # fmt: skip
         """Create a further adapter of the same method; it is not activated, unless no other is there.
 
         Args:
@@ -355,18 +348,10 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
+        cls, model: nn.Module, model_id: str | os.PathLike, adapter_name: str = "default", is_trainable: bool =
+        False, config: PeftConfig | None = None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool =
+        False, low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None, **kwargs: Any,
+    ) -> PeftModel:  # fmt: skip
         """Put a saved adapter on a base model, in the class of the adapter's task.
 
         Args:

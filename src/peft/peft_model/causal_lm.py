@@ -47,12 +47,6 @@ class PeftModelForCausalLM(GeneratingModel):
             **kwargs: For the base model, except `adapter_names`, see `PeftModel.forward`.
         """
         return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict,
+        )  # fmt: skip

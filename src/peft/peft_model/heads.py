@@ -26,12 +26,9 @@ class _PeftModelWithHead(TaskModel):
         super().__init__(model, self._with_head(peft_config), adapter_name, **kwargs)
 
     def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype:
+        bool = True,
+    ) -> None:  # fmt: skip
         """Create a further adapter, the head included. Arguments and errors as in `PeftModel.add_adapter`."""
         super().add_adapter(adapter_name, self._with_head(peft_config), low_cpu_mem_usage, autocast_adapter_dtype)
 
@@ -74,15 +71,9 @@ class PeftModelForSequenceClassification(_PeftModelWithHead):
             **kwargs: For the base model, except `adapter_names`, see `PeftModel.forward`.
         """
         return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict,
+        )  # fmt: skip
 
 
 class PeftModelForTokenClassification(_PeftModelWithHead):
@@ -124,15 +115,9 @@ class PeftModelForTokenClassification(_PeftModelWithHead):
             **kwargs: For the base model, except `adapter_names`, see `PeftModel.forward`.
         """
         return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict,
+        )  # fmt: skip
 
 
 class PeftModelForQuestionAnswering(_PeftModelWithHead):
@@ -173,16 +158,10 @@ class PeftModelForQuestionAnswering(_PeftModelWithHead):
         optional = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         kwargs.update({key: value for key, value in optional.items() if value is not None})
         return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+            start_positions=start_positions, end_positions=end_positions, output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states, return_dict=return_dict,
+        )  # fmt: skip
 
 
 class PeftModelForFeatureExtraction(TaskModel):
@@ -210,11 +189,6 @@ class PeftModelForFeatureExtraction(TaskModel):
             **kwargs: For the base model, except `adapter_names`, see `PeftModel.forward`.
         """
         return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict,
+        )  # fmt: skip

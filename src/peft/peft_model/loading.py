@@ -99,12 +99,9 @@ def from_pretrained(
         raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
     weights = read_weights(model, model_id, kwargs.get("torch_device"), key_mapping, kwargs)
     peft_model = class_for(cls, config)(
-        model,
-        config,
-        adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
+        model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
-    )
+    )  # fmt: skip
     try:
         fill(peft_model, adapter_name, weights, model_id, autocast_adapter_dtype, low_cpu_mem_usage, kwargs)
     except Exception:

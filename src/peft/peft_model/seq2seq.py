@@ -41,18 +41,11 @@ class PeftModelForSeq2SeqLM(GeneratingModel):
             **kwargs: For the base model, except `adapter_names`, see `PeftModel.forward`.
         """
         return self._call(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+            kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+            decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds, labels=labels, output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states, return_dict=return_dict,
+        )  # fmt: skip
 
     def generate(self, **kwargs: Any) -> Any:
         """The base model's `generate` with adapters. Arguments as in `PeftModel.forward`."""

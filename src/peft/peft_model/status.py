@@ -17,7 +17,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 if TYPE_CHECKING:
     from .base import PeftModel
 
-IRREGULAR: Literal["irregular"] = "irregular"
+Names = list[str]
+Irregular = Literal["irregular"]  # where layers, or parameters, do not agree
+IRREGULAR: Irregular = "irregular"
 
 
 @dataclass
@@ -39,11 +41,11 @@ class TunerLayerStatus:
     name: str
     module_type: str
     enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    requires_grad: dict[str, bool | Literal["irregular"]]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
+    active_adapters: Names
+    merged_adapters: Names
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: Names
+    devices: dict[str, Names]
     quantization_backend: str | None
 
 
@@ -73,13 +75,13 @@ class TunerModelStatus:
     trainable_params: int
     total_params: int
     num_adapter_layers: int
-    enabled: bool | Literal["irregular"]
-    active_adapters: list[str] | Literal["irregular"]
-    merged_adapters: list[str] | Literal["irregular"]
-    requires_grad: dict[str, bool | Literal["irregular"]]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
-    quantization_backend: str | Literal["irregular"] | None
+    enabled: bool | Irregular
+    active_adapters: Names | Irregular
+    merged_adapters: Names | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: Names
+    devices: dict[str, Names]
+    quantization_backend: str | Irregular | None
 
 
 def _common(values: Iterable[Any]) -> Any:

@@ -188,12 +188,9 @@ class _Swap:
 
 
 def hotswap_adapter_from_state_dict(
-    model: nn.Module,
-    state_dict: dict[str, torch.Tensor],
-    adapter_name: str,
-    config: LoraConfig,
-    parameter_prefix: str = "lora_",
-) -> None:
+    model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str, config: LoraConfig, parameter_prefix:
+    str = "lora_",
+) -> None:  # fmt: skip
     """Give a loaded LoRA or DoRA adapter the values of another one, in place.
 
     Ranks may differ. A smaller one is filled up with zeros. A larger one needs room: it is made where the model is not

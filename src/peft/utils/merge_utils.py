@@ -129,11 +129,9 @@ def magnitude_prune(task_tensors: list[torch.Tensor], weights: torch.Tensor, den
 
 
 def ties(
-    task_tensors: list[torch.Tensor],
-    weights: torch.Tensor,
-    density: float,
-    majority_sign_method: Literal["total", "frequency"] = "total",
-) -> torch.Tensor:
+    task_tensors: list[torch.Tensor], weights: torch.Tensor, density: float, majority_sign_method: Literal["total",
+    "frequency"] = "total",
+) -> torch.Tensor:  # fmt: skip
     """Trim each task to its largest entries, elect a sign for each entry, and average those that have it (TIES).
 
     Args:
@@ -159,11 +157,9 @@ def dare_linear(task_tensors: list[torch.Tensor], weights: torch.Tensor, density
 
 
 def dare_ties(
-    task_tensors: list[torch.Tensor],
-    weights: torch.Tensor,
-    density: float,
-    majority_sign_method: Literal["total", "frequency"] = "total",
-) -> torch.Tensor:
+    task_tensors: list[torch.Tensor], weights: torch.Tensor, density: float, majority_sign_method: Literal["total",
+    "frequency"] = "total",
+) -> torch.Tensor:  # fmt: skip
     """TIES, with entries dropped at random and the others scaled up (DARE) in place of trimming.
 
     Args:

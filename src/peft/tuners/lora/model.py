@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import Module
-from transformers import PreTrainedModel
 
 from peft.engine.layer import BaseTunerLayer
 from peft.engine.replicate import replicate_layers
+from peft.engine.targets import is_transformers_model
 from peft.engine.tuner import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -75,7 +75,7 @@ class LoraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
         """As of every tuner; names of single experts become the stacked parameters that transformers makes of them."""
         config = super()._prepare_adapter_config(peft_config, model_config)
-        if isinstance(self.model, PreTrainedModel) and find_spec(_CONVERSIONS) is not None:
+        if is_transformers_model(self.model) and find_spec(_CONVERSIONS) is not None:
             conversions = public(_CONVERSIONS, "get_model_conversion_mapping")(self.model)
             convert = public("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers")
             convert(config, self.model, conversions)
@@ -103,7 +103,7 @@ class LoraModel(BaseTuner):
             if offsets is None:
                 yield
             else:
-                with alora_offsets_hooks(self._layers(), offsets):
+                with alora_offsets_hooks(self.model, self._layers(), offsets):
                     yield
 
     def _get_kasa_loss(self) -> torch.Tensor | float:

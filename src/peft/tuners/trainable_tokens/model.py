@@ -27,13 +27,9 @@ class TrainableTokensModel(BaseTuner):
     supports_weight_tying = True
 
     def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        **kwargs: Any,
-    ) -> None:
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool =
+        False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         # found out before the first layer is replaced, while the model still knows its embedding
         self._tied_group = tied_group(model, self.get_model_config(model))
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, **kwargs)
@@ -44,15 +40,9 @@ class TrainableTokensModel(BaseTuner):
         return peft_config
 
     def _create_and_replace(
-        self,
-        peft_config: TrainableTokensConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+        self, peft_config: TrainableTokensConfig, adapter_name: str, target: nn.Module, target_name: str, parent:
+        nn.Module, current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
         layer = self._adapt(peft_config, adapter_name, target, target_name, parent)
         if self._tied_group and current_key == self._tied_group[0]:
             for name in self._tied_group[1:]:

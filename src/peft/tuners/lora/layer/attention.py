@@ -82,6 +82,9 @@ class MultiheadAttention(ParameterLayer, nn.Module):
         if isinstance(self.out_proj, Linear):
             self.out_proj.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def _base_bias(self) -> torch.Tensor | None:
+        return self.get_base_layer().in_proj_bias
+
     def _create_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)

@@ -178,10 +178,16 @@ class LoraLayer(AdapterLayer):
         """
         if r <= 0:
             raise ValueError(f"r must be a positive integer, got {r}: choose a rank of at least 1.")
-        if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
+        if config.lora_bias and self._base_bias() is None:
             warnings.warn(
                 f"lora_bias=True on a {type(self.get_base_layer()).__name__} without a bias: the adapter can be "
                 "trained and used, but not merged.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        if config.use_qalora:
+            warnings.warn(
+                f"use_qalora=True has no effect on {type(self).__name__}: QA-LoRA is for layers quantised by GPTQ.",
                 PeftWarning,
                 stacklevel=2,
             )
@@ -206,6 +212,10 @@ class LoraLayer(AdapterLayer):
         if variant is not None:
             variant.init(self, adapter_name=adapter_name, config=config, **kwargs)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _base_bias(self) -> torch.Tensor | None:
+        """The bias of the base layer that B's bias can be merged into."""
+        return getattr(self.get_base_layer(), "bias", None)
 
     # ---- starting values -------------------------------------------------------------------------------------------
     known_starts: frozenset[str] = frozenset()  # values of init_lora_weights, beyond the plain ones, that it can do

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 class ALoraLinearVariant(AdditiveVariant):
     """aLoRA on linear layers: of each row, the last `alora_offsets[row]` tokens get the adapter's update."""
 
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        """Nothing beyond A and B."""
+
     def why_not_foldable(self, layer: LoraLayer, name: str) -> str | None:
         return "it is an aLoRA adapter (alora_invocation_tokens), which leaves the tokens before its invocation alone."
 
@@ -45,7 +49,7 @@ class ALoraLinearVariant(AdditiveVariant):
         Raises:
             ValueError: The input is not a batch of sequences, or the offsets are not one a row.
         """
-        offsets = kwargs.get("alora_offsets")
+        offsets = kwargs.get("alora_offsets", module.__dict__.get("_alora_offsets"))
         if offsets is None:
             return result
         if x.dim() != 3 or len(offsets) != x.shape[0]:
@@ -137,17 +141,23 @@ def get_alora_offsets_for_generate(model: nn.Module, *args: Any, **kwargs: Any) 
 
 
 @contextmanager
-def alora_offsets_hooks(layers: Iterable[LoraLayer], offsets: list[int | None]) -> Iterator[None]:
-    """Give LoRA layers `alora_offsets` as a keyword argument for as long as the context is open."""
+def alora_offsets_hooks(model: nn.Module, layers: Iterable[LoraLayer], offsets: list[int | None]) -> Iterator[None]:
+    """Give LoRA layers `alora_offsets` as a keyword argument for as long as the context is open.
+
+    Under gradient checkpointing they also remember them until the next call, for the forward pass that backward runs
+    again: a batch's backward pass has to come before the next batch's forward pass.
+    """
+    layers = list(layers)
+    again = model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        repeats = len(args[0]) // len(offsets) if args else 1
-        if repeats > 1 and len(args[0]) % len(offsets) == 0:  # beam search: each row repeated in place
-            return args, {**kwargs, "alora_offsets": [offset for offset in offsets for _ in range(repeats)]}
-        return args, {**kwargs, "alora_offsets": offsets}
+        rows = len(args[0]) if args else len(offsets)
+        repeats = rows // len(offsets) if rows % len(offsets) == 0 else 1  # beam search: each row repeated in place
+        return args, {**kwargs, "alora_offsets": [offset for offset in offsets for _ in range(repeats)]}
 
     with ExitStack() as stack:
         for layer in layers:
+            layer.__dict__["_alora_offsets"] = offsets if again else None
             stack.callback(layer.register_forward_pre_hook(hand_over, with_kwargs=True).remove)
         yield
 
