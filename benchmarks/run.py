@@ -90,13 +90,19 @@ def run_tests(tests: list[str]) -> dict:
     if done.returncode != 0:
         print(done.stdout[-4000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
     return {
-        "command": " ".join(["pytest", *tests]),
+        "command": " ".join([*_pytest_options(), "pytest", *tests]),
         "exit": done.returncode,
         "passed": counts.get("passed", 0),
         "failed": counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0),
         "source": source_digest(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _pytest_options() -> list[str]:
+    """The options that pytest takes from the environment, as a shell would be given them."""
+    options = os.environ.get("PYTEST_ADDOPTS")
+    return [f'PYTEST_ADDOPTS="{options}"'] if options else []
 
 
 def cases_here(names: list[str] | None) -> list[str]:

@@ -157,3 +157,11 @@ def test_what_others_write_into_the_slots_counts_at_the_next_call(model):
     hook.remove()
     expected = layer.lora_B["a"](replacement(X)) * layer.scaling["a"]
     torch.testing.assert_close(hooked, expected)
+
+
+def test_one_adapter_alone_may_train_biases():
+    model = get_peft_model(Net(), config(bias="all"), adapter_name="a")
+    model.add_adapter("b", config())
+    with pytest.raises(ValueError, match="'a', 'c' would"):
+        model.add_adapter("c", config(bias="lora_only"))
+    assert list(model.peft_config) == ["a", "b"]

@@ -118,10 +118,11 @@ class BaseTuner(Module, ABC):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Refuse a config that does not go with the adapters that are there."""
-        if len(self.peft_config) > 1 and getattr(config, "bias", "none") != "none":
+        with_bias = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+        if len(with_bias) > 1:
             raise ValueError(
-                f"{type(self).__name__} can hold one adapter with bias={config.bias!r} only, since all adapters share "
-                "the base model's biases: use bias='none' when there are several."
+                f"{type(self).__name__} can hold one adapter that trains biases, since all adapters share the base "
+                f"model's: {', '.join(map(repr, with_bias))} would; set bias='none' for all but one."
             )
 
     def _check_merge_allowed(self) -> None:

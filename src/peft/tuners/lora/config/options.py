@@ -191,8 +191,8 @@ class ArrowConfig:
     top_k: int = field(default=3, metadata={"help": "Experts that a token uses."})
     router_temperature: float = field(default=1.0, metadata={"help": "Temperature of the router."})
     use_gks: bool = field(default=False, metadata={"help": "Subtract general knowledge."})
-    task_adapter_names: list[str] | None = field(default=None, metadata={"help": "The experts."})
-    gks_adapter_names: list[str] | None = field(default=None, metadata={"help": "General knowledge."})
+    task_adapter_names: list[str] | None = field(default=None, init=False, metadata={"help": "The experts."})
+    gks_adapter_names: list[str] | None = field(default=None, init=False, metadata={"help": "General knowledge."})
     rng_seed: int | None = field(default=None, metadata={"help": "Seed of the start."})
 
     def __post_init__(self) -> None:
