@@ -17,7 +17,7 @@ REQUIREMENTS = [
     "psutil",
     "pyyaml",
     "torch>=2.11.0",
-    "transformers>=5.17.0",
+    "transformers>=5.23.0",
     "tqdm",
     "accelerate>=1.10.0",
     "safetensors>=0.5.0",

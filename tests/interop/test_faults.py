@@ -24,7 +24,7 @@ class Fault:
     Args:
         recipe: Its name.
         right: Says whether a result is right.
-        raises: Name of the exception that upstream raises; empty where it gives a wrong result.
+        raises: Name of the exception that upstream raises, several joined by `|`; empty where it gives a wrong result.
         arguments: Of the recipe.
     """
 
@@ -81,7 +81,8 @@ FAULTS = (
     Fault("hotswapped", _is_small, "KeyError"),
     Fault("biases_of_two_after_reload", lambda changes: all(_is_small(change) for change in changes.values())),
     Fault("modules_to_save_after_rounds", lambda names: names == ["classifier", "score"]),
-    Fault("offloaded", _is_true, "AssertionError"),
+    # a build of torch without CUDA asserts, one with CUDA and no driver raises
+    Fault("offloaded", _is_true, "AssertionError|RuntimeError"),
     *(
         Fault("accepts", lambda error: error == "ValueError", arguments=options)
         for options in ({"r": 0}, {"r": -1}, {"bias": "some"}, {"init_lora_weights": "pisa"}, {"lora_dropout": 1.5})
@@ -103,7 +104,7 @@ def test_it_fails_there(fault: Fault, peer: Peer) -> None:
     if fault.raises:
         with pytest.raises(PeerError) as raised:
             peer.run(fault.recipe, **fault.arguments)
-        assert raised.value.kind == fault.raises, raised.value
+        assert raised.value.kind in fault.raises.split("|"), raised.value
         return
     result = peer.run(fault.recipe, **fault.arguments)
     assert not fault.right(result), f"upstream gives {result}: no fault any more, the table must not exclude it"
