@@ -37,7 +37,7 @@ class DoraLinearVariant(LoraVariant):
     holder = DoraLinearLayer
 
     @classmethod
-    def create(cls, module: LoraLayer, adapter_name: str) -> None:
+    def init(cls, module: LoraLayer, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
         """Make the magnitude, equal to the norm of the weight with the adapter in it."""
         holder = cls.holder(fan_in_fan_out=module.fan_in_fan_out)
         a, b = module.factors(adapter_name)
@@ -49,10 +49,6 @@ class DoraLinearVariant(LoraVariant):
             norm = norm.to(device=a.device, dtype=a.dtype)
         holder.set_magnitude(norm)
         module.lora_magnitude_vector[adapter_name] = holder
-
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        DoraLinearVariant.create(module, adapter_name)
 
     # ---- output ----------------------------------------------------------------------------------------------------
     @staticmethod
@@ -153,10 +149,6 @@ class DoraEmbeddingVariant(DoraLinearVariant):
 
     holder = DoraEmbeddingLayer
 
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        DoraEmbeddingVariant.create(module, adapter_name)
-
 
 class _DoraConvNdVariant(DoraLinearVariant):
     """DoRA on convolutions: one gain an output channel."""
@@ -174,26 +166,14 @@ class DoraConv1dVariant(_DoraConvNdVariant):
 
     holder = DoraConv1dLayer
 
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
-        DoraConv1dVariant.create(module, adapter_name)
-
 
 class DoraConv2dVariant(_DoraConvNdVariant):
     """DoRA on `nn.Conv2d`."""
 
     holder = DoraConv2dLayer
 
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
-        DoraConv2dVariant.create(module, adapter_name)
-
 
 class DoraConv3dVariant(_DoraConvNdVariant):
     """DoRA on `nn.Conv3d`."""
 
     holder = DoraConv3dLayer
-
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
-        DoraConv3dVariant.create(module, adapter_name)
