@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft import dora
 from peft.dora.eager import DenseWeight
-from peft.dora.norm import NormCache
+from peft.dora.factors import NormCache
 
 RANKS = (1, 3, 8, 12, 16, 64, 384)
 SMALL = {"tokens": (2, 9), "in_features": 33, "out_features": 37}
@@ -227,7 +227,7 @@ def test_gradient_belongs_to_the_forward_pass_whatever_was_written_since(body):
     expected_second = run(case, ours(body.route))
     y_second = ours(body.route)(case)
     inputs = case.inputs()
-    if body.name != "torch_gpu":  # no cached copies there: like PyTorch itself, it reads the parameters as they are
+    if body.name == "torch":  # elsewhere no copies are made: like PyTorch itself, it reads the parameters as they are
         grads = torch.autograd.grad(y_first, inputs, case.dy)
         for grad, name in zip(grads, ("x", "A", "B", "magnitude"), strict=True):
             torch.testing.assert_close(grad, expected_first[name], rtol=1e-5, atol=1e-5)

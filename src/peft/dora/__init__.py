@@ -7,7 +7,8 @@ from __future__ import annotations
 from torch import nn
 
 from .autograd import linear
-from .norm import NormCache, row_norm
+from .factors import NormCache, begin_pass, caches_of, end_pass, unwatch_passes, watch_passes
+from .norm import row_norm
 from .pieces import branch, compose
 from .reference import dora_linear_reference, gain, weight_norm
 from .route import Route, explain, plan
@@ -15,15 +16,19 @@ from .route import Route, explain, plan
 __all__ = [
     "NormCache",
     "Route",
+    "begin_pass",
     "branch",
     "compose",
     "dora_linear_reference",
+    "end_pass",
     "explain",
     "gain",
     "invalidate",
     "linear",
     "plan",
     "row_norm",
+    "unwatch_passes",
+    "watch_passes",
     "weight_norm",
 ]
 
@@ -34,7 +39,5 @@ def invalidate(model: nn.Module) -> None:
     Args:
         model: Any module; layers are found by their method `dora_caches`, which gives their `NormCache` objects.
     """
-    for module in model.modules():
-        if callable(getattr(module, "dora_caches", None)):
-            for cache in module.dora_caches():
-                cache.invalidate()
+    for cache in caches_of(model):
+        cache.invalidate()

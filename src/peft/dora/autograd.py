@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .norm import Factors, NormCache, check_factors, plain_factors, row_norm_torch, runs_triton
-from .products import as_dtype, base_product, product_in, scaled_product, sum_dtype
+from .factors import Factors, NormCache, plain_factors
+from .norm import check_factors, row_norm_torch, runs_triton
+from .products import as_dtype, product_in, scaled_product, sum_dtype
 from .reference import gain as gain_of
 from .route import Route, kernels
 
@@ -53,7 +54,7 @@ def linear(
         ValueError: The shapes of x, A or B do not fit the weight's.
         RuntimeError: The dtypes of x and W differ outside autocast; or a second derivative is asked for.
     """
-    call = Call(x, weight, A, B, scaling, cache, route)
+    call = find_call(x, weight, A, B, scaling, cache, route)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _composed(call, x, A, B, magnitude, lora_bias)
     bias = weight.bias
@@ -66,58 +67,97 @@ def linear(
         or (bias is not None and bias.requires_grad)
     ):
         return LinearFunction.apply(x, A, B, magnitude, lora_bias, bias, call)
-    return call.run(x, A, B, magnitude, lora_bias, bias, keep=None)[0]
+    return call.run(x, A, B, magnitude, lora_bias, bias, keep=_kept(call, magnitude, bias), record=False)[0]
+
+
+CHECKPOINT = "torch.utils.checkpoint"
+
+
+def find_call(
+    x: torch.Tensor,
+    weight: Any,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    cache: NormCache | None,
+    route: Route | None,
+) -> Call:
+    """The `Call` for these arguments: the cache's last one while it fits."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    mode = x.dtype, A.dtype, B.dtype, autocast, scaling, kind
+    call = None if cache is None else cache.call
+    if call is None or call.mode != mode or call.weight is not weight or call.route is not route:
+        call = Call(mode, x, weight, cache, route)
+        if cache is not None:
+            cache.call = call
+    if not x.dim() or x.shape[-1] != call.in_features:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected [..., {weight.shape[1]}], the weight's input features"
+        )
+    return call
 
 
 class Call:
-    """One pass: what is not a tensor with a gradient, and the decisions made from it."""
+    """What passes with inputs of one kind have in common, worked out once.
 
-    __slots__ = ("autocast", "branch_dtype", "cache", "dtype", "packed", "route", "scaling", "triton", "weight")
+    Args:
+        mode: The dtypes of x, A and B, autocast's or None, the scaling and the type of device.
+        x: An input.
+        weight, cache, route: As in `linear`.
+    """
+
+    __slots__ = (
+        "autocast", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed", "route",
+        "scaling", "triton", "weight",
+    )  # fmt: skip
 
     def __init__(
-        self,
-        x: torch.Tensor,
-        weight: Any,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        scaling: float,
-        cache: NormCache | None,
-        route: Route | None,
+        self, mode: tuple, x: torch.Tensor, weight: Any, cache: NormCache | None, route: Route | None
     ) -> None:
-        if not x.dim() or x.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, expected [..., {weight.shape[1]}], the weight's input features"
-            )
-        kind = x.device.type
-        self.autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-        self.dtype = torch.get_autocast_dtype(kind) if self.autocast else x.dtype
-        if self.autocast or A.dtype == B.dtype == x.dtype:
+        x_dtype, a_dtype, b_dtype, autocast, scaling, _ = mode
+        self.mode = mode
+        self.autocast = x_dtype != torch.float64 and autocast is not None
+        self.dtype = autocast if self.autocast else x_dtype
+        if self.autocast or a_dtype == b_dtype == x_dtype:
             self.branch_dtype = self.dtype
         else:
-            self.branch_dtype = torch.promote_types(x.dtype, torch.promote_types(A.dtype, B.dtype))
+            self.branch_dtype = torch.promote_types(x_dtype, torch.promote_types(a_dtype, b_dtype))
         self.weight = weight
+        self.in_features = weight.shape[1]
+        # Outside autocast a plain weight of another dtype than x is refused by the product, as by the layer itself.
+        self.is_plain = weight.format == "plain"
         self.scaling = scaling
         self.cache = cache
         self.route = route
         self.packed = None
         self.triton = runs_triton(route, x, self.branch_dtype)
+        self.launches: dict = {}
 
     def factors(self, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, floor: bool) -> Factors:
-        if magnitude is None:
-            check_factors(self.weight, A, B)
-            return plain_factors(A, B, self.branch_dtype)
-        cache = NormCache() if self.cache is None else self.cache
+        cache = self.cache
+        if cache is None:
+            if magnitude is None:
+                check_factors(self.weight, A, B)
+                return plain_factors(A, B, self.branch_dtype)
+            cache = NormCache()
         return cache.factors(
-            self.weight, A, B, self.scaling, self.branch_dtype, triton=self.triton, magnitude=magnitude, floor=floor
+            self.weight,
+            A,
+            B,
+            self.scaling,
+            self.branch_dtype,
+            triton=self.triton,
+            magnitude=magnitude,
+            floor=floor,
+            norm=magnitude is not None,
         )
 
     def dense(self) -> torch.Tensor:
         """W `[out, in]` in the dtype of the base product."""
-        weight = self.weight
-        if self.triton and self.packed is not None:
-            return kernels().dequantise(self.packed, self.dtype)
-        # Outside autocast a plain weight of another dtype than x is refused by the product, as by the layer itself.
-        return weight.dense() if weight.format == "plain" and not self.autocast else weight.dense(self.dtype)
+        if self.packed is not None and self.triton:
+            return kernels().dequantise(self.packed, self.dtype, self.launches)
+        return self.weight.dense() if self.is_plain and not self.autocast else self.weight.dense(self.dtype)
 
     @property
     def body(self) -> Any:
@@ -133,16 +173,19 @@ class Call:
         lora_bias: torch.Tensor | None,
         bias: torch.Tensor | None,
         keep: str | None,
+        record: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Factors]:
         """The forward pass: y `[..., out]`, x and h in the dtypes of their products, v or None, and the factors."""
         factors = self.factors(A, B, magnitude, floor=keep == "y")
         self.packed = factors.packed
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
-        rows = x.reshape(-1, x.shape[-1])
+        if not x.is_contiguous():
+            x = x.contiguous()
         stats = factors.stats
-        u = base_product(rows, self.dense(), bias if stats is None else None)
-        h = scaled_product(as_dtype(rows, self.branch_dtype), factors.a.t(), self.scaling)
+        with_bias = bias is not None and stats is None
+        u = F.linear(x, self.dense(), as_dtype(bias.detach(), x.dtype) if with_bias else None)
+        h = F.linear(x if x.dtype == self.branch_dtype else x.to(self.branch_dtype), factors.a)
         y, v = self.body.compose(
             u,
             h,
@@ -151,9 +194,10 @@ class Call:
             bias=None if stats is None else bias,
             lora_bias=lora_bias,
             scaling=self.scaling,
-            keep_v=keep == "v",
+            keep_v=record and keep == "v",
+            launches=self.launches,
         )
-        return y.view(*x.shape[:-1], y.shape[-1]), x, h, v, factors
+        return y, x, h, v, factors
 
 
 def _kept(call: Call, magnitude: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
@@ -183,39 +227,52 @@ class LinearFunction(torch.autograd.Function):
         keep = _kept(call, magnitude, bias)
         y, used, h, v, factors = call.run(x, A, B, magnitude, lora_bias, bias, keep)
         saved = [used if ctx.needs_input_grad[1] or keep == "y" else None, h, v]
-        ctx.output = None
+        ctx.output, ctx.factors = None, factors
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         if keep == "y":
             # A version of its own, counted from zero: what is not zero in the backward pass has been written over.
-            y = y.data
-            if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            if y._version or y._is_view():
+                y = y.data
+            if hooks is None:
                 ctx.output = y.detach()
             else:
                 saved[2] = y
-        if not factors.private:
-            saved += (factors.a, factors.b)
-            factors = factors._replace(a=None, b=None)
+        if hooks is not None and call.cache is not None and hooks[0].__module__ == CHECKPOINT:
+            ctx.factors = None  # asked for again when the pass has been run again, so that nothing is held until then
+        elif hooks is not None or not factors.private:
+            saved += (factors.a, factors.b, factors.stats)
+            ctx.factors = factors._replace(a=None, b=None, stats=None)
         ctx.save_for_backward(*saved)
-        ctx.call, ctx.keep, ctx.factors = call, keep, factors
+        ctx.call, ctx.keep = call, keep
         ctx.like = x.shape, x.dtype, A.dtype, B.dtype
         ctx.vectors = magnitude, lora_bias, bias
+        ctx.parameters = (A, B) if ctx.factors is None else None
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        factors = ctx.factors
-        if not factors.private:
-            factors = factors._replace(a=saved[3], b=saved[4])
-        y = saved[2] if ctx.output is None else ctx.output
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            # These are no saved tensors that autograd lets go of: without this they would live as long as the loss.
-            ctx.factors = ctx.output = None
-        kind = dy.device.type
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return _backward(ctx, dy, saved[0], saved[1], y, factors)
-        return _backward(ctx, dy, saved[0], saved[1], y, factors)
+        if torch.is_grad_enabled():  # a graph of the backward pass is wanted, which raw kernels cannot be part of
+            return once_differentiable(_unpack)(ctx, dy)
+        return _unpack(ctx, dy)
+
+
+def _unpack(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The backward pass, with what its forward pass saved."""
+    saved = ctx.saved_tensors
+    factors = ctx.factors
+    if factors is None:
+        factors = ctx.call.factors(*ctx.parameters, ctx.vectors[0], floor=ctx.keep == "y")
+    elif factors.a is None:
+        factors = factors._replace(a=saved[3], b=saved[4], stats=saved[5])
+    y = saved[2] if ctx.output is None else ctx.output
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        # These are no saved tensors that autograd lets go of: without this they would live as long as the loss.
+        ctx.factors = ctx.output = None
+    kind = dy.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _backward(ctx, dy, saved[0], saved[1], y, factors)
+    return _backward(ctx, dy, saved[0], saved[1], y, factors)
 
 
 def _backward(
@@ -225,35 +282,35 @@ def _backward(
     shape, x_dtype, a_dtype, b_dtype = ctx.like
     magnitude, lora_bias, bias = ctx.vectors
     need_x, need_a, need_b, need_m, need_c, need_bias = ctx.needs_input_grad[:6]
-    dy = dy.reshape(-1, dy.shape[-1])
-    rows = None if x is None else x.reshape(-1, shape[-1])
-
     kept_is_v = ctx.keep == "v"
     if need_m and not kept_is_v and kept._version:
-        kept, kept_is_v = _recompute(call, rows, h, factors, lora_bias), True
+        kept, kept_is_v = _recompute(call, x, h, factors, lora_bias), True
+    call.packed = factors.packed
     need_t = need_x or need_a or need_b
     if factors.stats is None:
-        t, dm = as_dtype(dy, call.branch_dtype), None
+        t, dm = as_dtype(dy.reshape(-1, dy.shape[-1]), call.branch_dtype), None
     else:
         t, dm = call.body.scale_gradient(
-            dy.contiguous(),
+            dy if dy.is_contiguous() else dy.contiguous(),
             stats=factors.stats,
-            kept=kept.reshape(-1, dy.shape[-1]) if need_m else None,
+            kept=kept if need_m else None,
             kept_is_v=kept_is_v,
             dtype=call.branch_dtype if need_t else None,
+            launches=call.launches,
         )
     da = db = dx = dc = None
     if need_b:
-        db = product_in(t.t(), h, b_dtype)
+        db = product_in(t.t(), h.view(-1, h.shape[-1]), b_dtype, call.scaling)
     if need_a or need_x:
         dh = scaled_product(t, factors.b, call.scaling)
         if need_a:
-            da = product_in(dh.t(), as_dtype(rows, dh.dtype), a_dtype)
+            da = product_in(dh.t(), as_dtype(x.view(-1, shape[-1]), dh.dtype), a_dtype)
         if need_x:
-            dx = input_gradient(call, t, dh, factors.a).to(x_dtype).view(shape)
-    if dm is not None:
+            dx = input_gradient(call, t, dh, factors.a)
+            dx = as_dtype(dx, x_dtype).view(shape)
+    if dm is not None and (dm.dtype != magnitude.dtype or dm.shape != magnitude.shape):
         dm = dm.to(magnitude.dtype).view(magnitude.shape)
-    total = dy.sum(0, dtype=sum_dtype(dy)) if need_bias or need_c else None
+    total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=sum_dtype(dy)) if need_bias or need_c else None
     dbias = total.to(bias.dtype) if need_bias else None
     if need_c:
         dc = (call.scaling * (total if factors.stats is None else factors.stats[1] * total)).to(lora_bias.dtype)
@@ -269,10 +326,10 @@ def input_gradient(call: Call, t: torch.Tensor, dh: torch.Tensor, a: torch.Tenso
 
 
 def _recompute(
-    call: Call, rows: torch.Tensor, h: torch.Tensor, factors: Factors, lora_bias: torch.Tensor | None
+    call: Call, x: torch.Tensor, h: torch.Tensor, factors: Factors, lora_bias: torch.Tensor | None
 ) -> torch.Tensor:
     """v once more, because the layer's output, from which it would have been read, was changed in place."""
-    u = torch.mm(rows, call.dense().t())
+    u = F.linear(x, call.dense())
     return eager.compose(u, h, factors.b, stats=None, bias=None, lora_bias=lora_bias, scaling=call.scaling)[0]
 
 

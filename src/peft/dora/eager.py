@@ -19,34 +19,41 @@ def compose(
     lora_bias: torch.Tensor | None,
     scaling: float,
     keep_v: bool = False,
+    launches: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y = g∘v + bias with v = u + h bᵀ + s·c, written over u.
+    """y = g∘v + bias with v = u + s·(h bᵀ + c), written over u.
 
     Args:
-        u: The base product `[tokens, out]` without bias; overwritten.
-        h: `[tokens, r]`, scaled already.
+        u: The base product `[..., out]` without bias, contiguous; overwritten.
+        h: x Aᵀ `[..., r]`.
         b: B `[out, r]`, in h's dtype.
         stats: The norm and the gain g, `[2, out]`; None for y = v.
         bias: `[out]`; only with a gain.
         lora_bias: c `[out]`.
-        scaling: s, for c.
+        scaling: s.
         keep_v: Also return v, and write y elsewhere; only with a gain.
+        launches: Where the Triton body keeps what it worked out for a shape.
 
     Returns:
-        y `[tokens, out]` in u's dtype, and v or None.
+        y `[..., out]` in u's dtype, and v or None.
     """
-    v = u.addmm_(h, b.t()) if h.dtype == u.dtype else torch.addmm(u.to(h.dtype), h, b.t())
+    shape = u.shape
+    u, h = u.view(-1, shape[-1]), h.reshape(-1, h.shape[-1])
+    if h.dtype == u.dtype:
+        v = u.addmm_(h, b.t(), alpha=scaling)
+    else:
+        v = torch.addmm(u.to(h.dtype), h, b.t(), alpha=scaling)
     if lora_bias is not None:
         v.add_(lora_bias.detach() * scaling)
     if stats is None:
-        return v.to(u.dtype), None
+        return v.to(u.dtype).view(shape), None
     gain = stats[1]
     y = torch.empty_like(u) if keep_v else u
     if bias is None:
         torch.mul(v, gain, out=y)
     else:
         torch.addcmul(bias.detach().to(gain.dtype), v, gain, out=y)
-    return y, v if keep_v else None
+    return y.view(shape), v.view(shape) if keep_v else None
 
 
 def scale_gradient(
@@ -56,20 +63,24 @@ def scale_gradient(
     kept: torch.Tensor | None,
     kept_is_v: bool,
     dtype: torch.dtype | None,
+    launches: dict | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """t = g∘dy and the magnitude's gradient dm = Σ_tokens dy∘v / norm.
 
     Args:
-        dy: `[tokens, out]`.
+        dy: `[..., out]`, contiguous.
         stats: The norm and the gain g, `[2, out]`.
         kept: v, or y = g∘v from which v is read back; None where dm is not wanted.
         kept_is_v: Which of the two.
         dtype: That of t; None where t is not wanted.
+        launches: As in `compose`.
 
     Returns:
         t `[tokens, out]` and dm `[out]` in the dtype of stats; None for what is not wanted.
     """
     norm, gain = stats
+    dy = dy.view(-1, dy.shape[-1])
+    kept = None if kept is None else kept.reshape(dy.shape)
     t = None
     if dtype is not None:
         t = torch.mul(dy, gain, out=torch.empty_like(dy, dtype=dtype))
@@ -120,6 +131,10 @@ class DenseWeight:
 
     def packed(self) -> None:
         """Nothing is packed here."""
+
+    def has_key(self, key: tuple) -> bool:
+        """Whether the bytes are those that had this key."""
+        return self.key() == key
 
     def key(self) -> tuple:
         """Identity of the stored bytes."""

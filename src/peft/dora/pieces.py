@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .autograd import Call, input_gradient
-from .norm import CHUNK_BYTES, Factors, check_factors, plain_factors
-from .products import as_dtype, base_product, product_in, scaled_product, sum_dtype
+from .autograd import Call, find_call, input_gradient
+from .factors import Factors, plain_factors
+from .norm import CHUNK_BYTES, check_factors
+from .products import as_dtype, product_in, scaled_product, sum_dtype
 from .reference import gain as gain_of
 from .route import Route
 
@@ -157,7 +158,7 @@ def branch(
         RuntimeError: The dtypes of x and W differ outside autocast; or a second derivative is asked for.
     """
     check_factors(weight, A, B)
-    call = Call(x, weight, A, B, scaling, None, route)
+    call = find_call(x, weight, A, B, scaling, None, route)
     if call.triton:
         call.packed = weight.packed()
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -194,7 +195,7 @@ class BranchFunction(torch.autograd.Function):
         used = as_dtype(x, call.dtype)
         rows = used.reshape(-1, x.shape[-1])
         gain = gain_of(magnitude, norm)
-        u = base_product(rows, call.dense(), None)
+        u = torch.mm(rows, call.dense().t())
         h = scaled_product(as_dtype(rows, call.branch_dtype), factors.a.t(), call.scaling)
         z = torch.mm(h, factors.b.t())
         if lora_bias is not None:

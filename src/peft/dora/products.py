@@ -11,35 +11,34 @@ def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def base_product(rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """rows @ matrixᵀ (+ bias) `[tokens, out]`."""
-    if bias is None:
-        return torch.mm(rows, matrix.t())
-    return torch.addmm(as_dtype(bias.detach(), rows.dtype), rows, matrix.t())
-
-
 def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
     """scaling · left @ right, the scaling inside the product."""
     if type(left) is not torch.Tensor:
         return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scaling)
-    key = left.device, left.dtype
-    unread = _UNREAD.get(key)
-    if unread is None:
-        unread = _UNREAD[key] = torch.zeros((1, 1), device=left.device, dtype=left.dtype)
-    return torch.addmm(unread, left, right, beta=0, alpha=scaling)
+    return torch.addmm(_unread(left, left.dtype), left, right, beta=0, alpha=scaling)
+
+
+def _unread(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    key = like.device, dtype
+    found = _UNREAD.get(key)
+    if found is None:
+        found = _UNREAD[key] = torch.zeros((1, 1), device=like.device, dtype=dtype)
+    return found
 
 
 # With beta=0 the first matrix of addmm is not read; these stand for it.
 _UNREAD: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
-def product_in(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left @ right in `dtype`, without rounding in between where the device can."""
+def product_in(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, scaling: float = 1.0) -> torch.Tensor:
+    """scaling · left @ right in `dtype`, without rounding in between where the device can."""
     if left.dtype == dtype:
-        return torch.mm(left, right)
-    if dtype == torch.float32 and left.device.type == "cuda" and torch.version.hip is None:
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left, right).to(dtype)
+        return torch.mm(left, right) if scaling == 1.0 else scaled_product(left, right, scaling)
+    if dtype == torch.float32 and left.is_cuda and torch.version.hip is None:
+        if scaling == 1.0:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(_unread(left, dtype), left, right, out_dtype=dtype, beta=0, alpha=scaling)
+    return torch.mm(left, right).to(dtype).mul_(scaling)
 
 
 def sum_dtype(tensor: torch.Tensor) -> torch.dtype:

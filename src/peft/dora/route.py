@@ -37,7 +37,7 @@ def plan(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    want_triton: bool,
+    want_triton: bool | None,
     kind: str = "linear",
 ) -> Route:
     """Choose the body for one layer; where Triton was asked for and cannot run, one warning says why.
@@ -45,14 +45,15 @@ def plan(
     Args:
         device: Where the layer's weight is.
         dtype: The dtype in which the weight is read.
-        want_triton: The adapter's `use_dora_triton`.
+        want_triton: The adapter's `use_dora_triton`; None to take Triton where a GPU has it and to say nothing otherwise.
         kind: "linear", "conv" or "embedding".
     """
-    if not want_triton:
+    if want_triton is False or (want_triton is None and interpreting()):
         return Route("torch", _OFF)
     reason = _obstacle(torch.device(device), dtype, kind)
     if reason is not None:
-        warn_once(reason)
+        if want_triton:
+            warn_once(reason)
         return Route("torch", reason)
     return Route("triton", "the interpreter runs the kernels" if interpreting() else f"kernels on {device}")
 

@@ -69,6 +69,16 @@ def stamp(tensor: torch.Tensor) -> tuple:
     return SameObject(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device
 
 
+def bears(tensor: torch.Tensor, stamped: tuple) -> bool:
+    """Whether `stamp(tensor)` would equal `stamped`; the same object has the same dtype and device where its address is."""
+    return (
+        stamped[0]._ref() is tensor
+        and tensor.data_ptr() == stamped[1]
+        and not tensor.is_inference()
+        and tensor._version == stamped[2]
+    )
+
+
 def writing(tensor: torch.Tensor):
     """The context in which `tensor` may be written to in place."""
     return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
@@ -124,7 +134,9 @@ class BaseWeight(ABC):
     @property
     def bias(self) -> torch.Tensor | None:
         """The layer's bias [out], or None."""
-        return getattr(self.layer, "bias", None)
+        # nn.Module looks for a missing attribute in several places, which every forward pass would pay for.
+        parameters = self.layer.__dict__["_parameters"]
+        return parameters["bias"] if "bias" in parameters else getattr(self.layer, "bias", None)
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -178,6 +190,10 @@ class BaseWeight(ABC):
         What nobody can see is a write behind torch's back (through `.data` or a raw pointer): after one, call
         `peft.dora.invalidate`.
         """
+
+    def has_key(self, key: tuple) -> bool:
+        """`key() == key`; formats that can tell more cheaply do."""
+        return self.key() == key
 
     def packed(self) -> Packed | None:
         """The stored bytes for kernels that read them, or None where no kernel can."""

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .base import BaseWeight, Packed, SameObject, overwrite, stamp, untouched
+from .base import BaseWeight, Packed, SameObject, bears, overwrite, stamp, untouched
 from .plain import PlainWeight
+
+STAMP = 5  # entries of a stamp
 
 
 class _Quantised(BaseWeight):
@@ -124,6 +126,14 @@ class Weight4bit(_Quantised):
             if state is None:
                 return stamp(weight)
             return (*stamp(weight), SameObject(state), *stamp(state.absmax))
+
+    def has_key(self, key: tuple) -> bool:
+        with _no_dispatch():
+            weight = self.layer.weight
+            state = quant_state_of(weight, self.layer)
+            if state is None or len(key) <= STAMP:
+                return self.key() == key
+            return bears(weight, key) and key[STAMP]._ref() is state and bears(state.absmax, key[STAMP + 1 :])
 
     def packed(self) -> Packed | None:
         state = self._stored()

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from .base import BaseWeight, overwrite, stamp, untouched, writing
+from .base import BaseWeight, bears, overwrite, stamp, untouched, writing
 
 
 class PlainWeight(BaseWeight):
@@ -69,6 +69,9 @@ class PlainWeight(BaseWeight):
 
     def key(self) -> tuple:
         return stamp(self.layer.weight)
+
+    def has_key(self, key: tuple) -> bool:
+        return bears(self.layer.weight, key)
 
     def direct(self) -> bool:
         layer = self.layer

@@ -5,17 +5,18 @@ kernel."""
 from .compose import compose, scale_gradient
 from .packed4 import dequantise_packed4
 from .packed8 import dequantise_packed8
-from .refresh import refresh
-from .row_norm import row_norm, source_of
+from .refresh import Batch, Member, kind_of, row_norm
+from .row_norm import source_of
 
-__all__ = ["compose", "dequantise", "refresh", "row_norm", "scale_gradient", "source_of"]
+__all__ = ["Batch", "Member", "compose", "dequantise", "kind_of", "row_norm", "scale_gradient", "source_of"]
 
 
-def dequantise(packed, dtype):
+def dequantise(packed, dtype, launches=None):
     """The matrix `[out, in]` of packed bytes in `dtype`, in one launch.
 
     Args:
         packed: A `peft.weights.Packed`.
         dtype: float32, float16 or bfloat16.
+        launches: Where what was worked out for one weight and dtype is kept.
     """
-    return (dequantise_packed8 if packed.kind == "int8" else dequantise_packed4)(packed, dtype)
+    return (dequantise_packed8 if packed.kind == "int8" else dequantise_packed4)(packed, dtype, launches)

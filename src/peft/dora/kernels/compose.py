@@ -41,7 +41,7 @@ def compose_fwd_kernel(
     m_n = o_n < out_features
     o_u = o_m[:, None] * out_features + o_n[None, :]
     m_u = m_m[:, None] & m_n[None, :]
-    b_v = tl.load(u_ptr + o_u, mask=m_u, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    b_low = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for r in range(0, RANK, BLOCK_R):
         o_r = r + tl.arange(0, BLOCK_R)
         m_r = o_r < RANK
@@ -49,10 +49,10 @@ def compose_fwd_kernel(
         p_b = b_ptr + o_n[None, :].to(tl.int64) * RANK + o_r[:, None]
         b_h = tl.load(p_h, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         b_b = tl.load(p_b, mask=m_n[None, :] & m_r[:, None], other=0.0)  # [BLOCK_R, BLOCK_N]
-        b_v = tl.dot(b_h, b_b, b_v, input_precision="ieee")
+        b_low = tl.dot(b_h, b_b, b_low, input_precision="ieee")
     if lora_bias_ptr is not None:
-        b_c = tl.load(lora_bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)  # [BLOCK_N]
-        b_v += (b_c * scaling)[None, :]
+        b_low += tl.load(lora_bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    b_v = tl.load(u_ptr + o_u, mask=m_u, other=0.0).to(tl.float32) + scaling * b_low  # [BLOCK_M, BLOCK_N]
     if KEEP_V:
         tl.store(u_ptr + o_u, b_v.to(u_ptr.dtype.element_ty), mask=m_u)
     if stats_ptr is not None:
@@ -69,10 +69,13 @@ def compose_bwd_kernel(
     stats_ptr,
     t_ptr,
     partial_ptr,
+    dm_ptr,
+    ready_ptr,
     tokens,
     steps,
     out_features,
     KEPT_IS_V: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -92,14 +95,29 @@ def compose_bwd_kernel(
         if kept_ptr is not None:
             b_sum += b_dy * tl.load(kept_ptr + o_y, mask=m_y, other=0.0).to(tl.float32)
     if kept_ptr is not None:
-        b_norm = tl.load(stats_ptr + o_n, mask=m_n, other=1.0)  # [BLOCK_N]
-        b_by = b_norm if KEPT_IS_V else b_norm * b_gain
-        b_dm = tl.where(b_norm == 0, 0.0, tl.sum(b_sum, 0) / tl.where(b_norm == 0, 1.0, b_by))
-        tl.store(partial_ptr + i_p.to(tl.int64) * out_features + o_n, b_dm, mask=m_n)
+        b_total = tl.sum(b_sum, 0)  # [BLOCK_N]
+        is_last = True
+        if SPLIT:
+            # Whoever comes last adds up what all have left, in one order always, and leaves the counter at zero.
+            parts = tl.num_programs(1)
+            tl.store(partial_ptr + i_p.to(tl.int64) * out_features + o_n, b_total, mask=m_n)
+            tl.debug_barrier()
+            is_last = tl.atomic_add(ready_ptr + i_n, 1, sem="acq_rel") == parts - 1
+        if is_last:
+            if SPLIT:
+                tl.store(ready_ptr + i_n, 0)
+                b_total = tl.zeros([BLOCK_N], dtype=tl.float32)
+                for part in range(parts):
+                    p_part = partial_ptr + tl.cast(part, tl.int64) * out_features + o_n
+                    b_total += tl.load(p_part, mask=m_n, other=0.0, cache_modifier=".cg")
+            b_norm = tl.load(stats_ptr + o_n, mask=m_n, other=1.0)  # [BLOCK_N]
+            b_by = b_norm if KEPT_IS_V else b_norm * b_gain
+            b_dm = tl.where(b_norm == 0, 0.0, b_total / tl.where(b_norm == 0, 1.0, b_by))
+            tl.store(dm_ptr + o_n, b_dm.to(dm_ptr.dtype.element_ty), mask=m_n)
 
 
-_compose_fwd = Kernel(compose_fwd_kernel, free=1)
-_compose_bwd = Kernel(compose_bwd_kernel, free=2)
+_compose_fwd = Kernel(compose_fwd_kernel)
+_compose_bwd = Kernel(compose_bwd_kernel)
 
 
 def compose(
@@ -112,26 +130,32 @@ def compose(
     lora_bias: torch.Tensor | None,
     scaling: float,
     keep_v: bool = False,
+    launches: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `peft.dora.eager.compose`: u `[tokens, out]` contiguous, in one launch."""
-    tokens, out_features = u.shape
-    rank = h.shape[1]
+    """As `peft.dora.eager.compose`, in one launch."""
+    out_features, rank = b.shape
+    tokens = u.numel() // out_features if out_features else 0
     y = torch.empty_like(u) if keep_v else u
     if not tokens:
         return y, u if keep_v else None
     if rank >= CUBLAS_RANK[h.element_size()] and h.dtype == u.dtype:
-        u.addmm_(h, b.t())
+        u.view(tokens, out_features).addmm_(h.view(tokens, rank), b.t(), alpha=scaling)
         rank = 0
         if stats is None and lora_bias is None:
             return u, None
-    block_m, block_n, block_r, warps = compose_tiles(tokens, rank)
-    _compose_fwd(
-        (ceil_div(tokens, block_m) * ceil_div(out_features, block_n), 1, 1),
-        (u, y, h, b, stats, bias, lora_bias),
-        (tokens, float(scaling), out_features),
-        (rank, keep_v, block_m, block_n, block_r),
-        warps,
-    )
+    tensors = u, y, h, b, stats, bias, lora_bias
+    key = "compose", tokens, rank, keep_v, stats is None, bias is None, lora_bias is None
+    launch = None if launches is None else launches.get(key)
+    if launch is None:
+        block_m, block_n, block_r, warps = compose_tiles(tokens, rank)
+        launch = _compose_fwd.prepare(
+            (ceil_div(tokens, block_m) * ceil_div(out_features, block_n), 1, 1),
+            (tokens, float(scaling), out_features),
+            (rank, keep_v, block_m, block_n, block_r),
+            warps,
+            keep=(launches, key),
+        )
+    launch(*tensors)
     return y, u if keep_v else None
 
 
@@ -142,25 +166,51 @@ def scale_gradient(
     kept: torch.Tensor | None,
     kept_is_v: bool,
     dtype: torch.dtype | None,
+    launches: dict | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As `peft.dora.eager.scale_gradient`: dy and kept `[tokens, out]` contiguous, in one launch and a sum of its
-    partial sums, always in the same order."""
-    tokens, out_features = dy.shape
-    t = None if dtype is None else torch.empty_like(dy, dtype=dtype)
+    """As `peft.dora.eager.scale_gradient`, in one launch."""
+    out_features = dy.shape[-1]
+    tokens = dy.numel() // out_features if out_features else 0
+    t = None if dtype is None else torch.empty((tokens, out_features), dtype=dtype, device=dy.device)
     if not tokens:
         return t, None if kept is None else torch.zeros_like(stats[0])
     if t is None and kept is None:
         return None, None
-    block_m, block_n, steps, warps = gradient_tiles(tokens, out_features)
-    parts = ceil_div(tokens, block_m * steps)
-    partial = None if kept is None else torch.empty((parts, out_features), dtype=torch.float32, device=dy.device)
-    _compose_bwd(
-        (ceil_div(out_features, block_n), parts, 1),
-        (dy, kept, stats, t, partial),
-        (tokens, steps, out_features),
-        (kept_is_v, block_m, block_n),
-        warps,
-    )
-    if partial is None:
-        return t, None
-    return t, partial[0] if parts == 1 else partial.sum(0)
+    key = "gradient", tokens, kept is None, kept_is_v, dtype
+    launch = None if launches is None else launches.get(key)
+    if launch is None:
+        block_m, block_n, steps, warps = gradient_tiles(tokens, out_features)
+        parts, columns = ceil_div(tokens, block_m * steps), ceil_div(out_features, block_n)
+        launch = _compose_bwd.prepare(
+            (columns, parts, 1),
+            (tokens, steps, out_features),
+            (kept_is_v, parts > 1, block_m, block_n),
+            warps,
+            keep=(launches, key),
+        )
+    partial = dm = ready = None
+    if kept is not None:
+        dm = torch.empty(out_features, dtype=stats.dtype, device=dy.device)
+        columns, parts, _ = launch.grid
+        if parts > 1:
+            partial, ready = _scratch(dy.device, parts * out_features, columns)
+    launch(dy, kept, stats, t, partial, dm, ready)
+    return t, dm
+
+
+def _scratch(device: torch.device, sums: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for partial sums, and zeros that every launch leaves as zeros; kept for each stream, whose launches come one
+    after the other, and new for a graph that is captured, which may run beside others."""
+    place = None
+    if device.type == "cuda" and not torch._C._cuda_isCurrentStreamCapturing():
+        place = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    found = None if place is None else _scratches.get(place)
+    if found is None or len(found[0]) < sums or len(found[1]) < columns:
+        partial = torch.empty(sums, dtype=torch.float32, device=device)
+        found = partial, torch.zeros(columns, dtype=torch.int32, device=device)
+        if place is not None:
+            _scratches[place] = found
+    return found
+
+
+_scratches: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -121,17 +121,21 @@ def packed4_args(packed: Any) -> tuple[tuple, tuple[int, int]]:
     return (packed.absmax, packed.code, outer, outer_code, offset), (packed.blocksize, nested)
 
 
-def dequantise_packed4(packed: Any, dtype: torch.dtype) -> torch.Tensor:
+def dequantise_packed4(packed: Any, dtype: torch.dtype, launches: dict | None = None) -> torch.Tensor:
     """The matrix `[out, in]` of NF4 or FP4 bytes: code times scale, rounded to the dtype that was quantised, in `dtype`."""
     w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
-    block = 16 if INTERPRETED else 1024
+    launch = None if launches is None else launches.get("dequantise")
     pointers, constants = packed4_args(packed)
-    _dequantise4(
-        (ceil_div(w.numel(), 2 * block), 1, 1),
-        (packed.data, *pointers, w),
-        (w.numel(),),
-        (*constants, 0 if packed.dtype == dtype else ROUNDINGS.get(packed.dtype, 0), block),
-        # The nested scale is a product and a sum, each rounded, in bitsandbytes: fused it would round once.
-        fusion=False,
-    )
+    if launch is None:
+        block = 16 if INTERPRETED else 1024
+        elements = packed.shape[0] * packed.shape[1]
+        launch = _dequantise4.prepare(
+            (ceil_div(elements, 2 * block), 1, 1),
+            (elements,),
+            (*constants, 0 if packed.dtype == dtype else ROUNDINGS.get(packed.dtype, 0), block),
+            # The nested scale is a product and a sum, each rounded, in bitsandbytes: fused it would round once.
+            fusion=False,
+            keep=(launches, "dequantise"),
+        )
+    launch(packed.data, *pointers, w)
     return w

@@ -40,7 +40,7 @@ def dequantise8_kernel(
 _dequantise8 = Kernel(dequantise8_kernel)
 
 
-def dequantise_packed8(packed: Any, dtype: torch.dtype) -> torch.Tensor:
+def dequantise_packed8(packed: Any, dtype: torch.dtype, launches: dict | None = None) -> torch.Tensor:
     """The matrix `[out, in]` of int8 rows: data times scb / 127 in float32, rounded once to `dtype`."""
     out_features, in_features = packed.shape
     w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)

@@ -1,9 +1,11 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""One pass of the norm's reuse on the device: cast A and B, compare them with the last pass's values in the same
-launch, and let the norm kernel return what it had where nothing differs. The host never waits for the answer."""
+"""One pass of the norm's reuse, for all adapters of a model at once: a launch casts every A and B and takes a digest of
+each pair, a second one brings norms and gains up to date where the digest says so. The host never waits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -11,134 +13,406 @@ import triton
 import triton.language as tl
 
 from .launch import INTERPRETED, Kernel
-from .row_norm import Source, launch_row_norm
-from .tiles import ceil_div
+from .row_norm import PLAIN, Source, sum_squares
+from .tiles import ceil_div, norm_tiles, rank_block
+
+# The columns of the table that tells the kernels where each member's tensors are.
+A, B, ELEMENTS_A, ELEMENTS_B, COPY_A, COPY_B, CAST_BLOCK = range(7)
+WEIGHT, SCALE, CODE, OUTER, OUTER_CODE, OFFSET = range(7, 13)
+MAGNITUDE, SCALING, OUT, IN, STRIDE_M, STRIDE_K, STATS, NORM_BLOCK = range(13, 21)
+COLUMNS = 24
+
+SLOTS = 3  # digests of the last pass, of this one, and the zeros that the next one adds to
+ALIGNED = 16  # elements; so that every tensor in a shared buffer starts at a multiple of 16 bytes at least
+
+LANGUAGE_TYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
+    torch.int32: tl.int32,
+}
+
+
+class Member(NamedTuple):
+    """One adapter on one layer.
+
+    Args:
+        source: The base weight `[out, in]`; None where no norm is wanted.
+        a, b: The parameters A `[r, in]` and B `[out, r]`, contiguous.
+        magnitude: m `[out]`, contiguous; None where no gain is wanted.
+        scaling: s.
+    """
+
+    source: Source | None
+    a: torch.Tensor
+    b: torch.Tensor
+    magnitude: torch.Tensor | None
+    scaling: float
 
 
 @triton.jit
-def copy_block(src_ptr, old_ptr, new_ptr, changed_ptr, epoch, i, elements, BLOCK: tl.constexpr):
-    """Cast one block; where a value is not the old one, leave the epoch in `changed`."""
-    o = i.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = o < elements
-    b_new = tl.load(src_ptr + o, mask=m, other=0.0).to(new_ptr.dtype.element_ty)  # [BLOCK]
-    tl.store(new_ptr + o, b_new, mask=m)
-    if changed_ptr is not None:
-        b_old = tl.load(old_ptr + o, mask=m, other=0.0)
-        differs = tl.max((b_new != b_old).to(tl.int32), 0)
-        tl.store(changed_ptr, epoch, mask=differs > 0)
+def mixed(b_x):
+    """A bijection of 32 bits in which every bit of the input moves about half of the output's."""
+    b_x ^= b_x >> 16
+    b_x *= 0x7FEB352D
+    b_x ^= b_x >> 15
+    b_x *= 0x846CA68B
+    return b_x ^ (b_x >> 16)
 
 
-@triton.jit(do_not_specialize=["epoch"])
-def snapshot_fwd_kernel(
-    a_ptr, b_ptr, a_old_ptr, b_old_ptr, a_new_ptr, b_new_ptr, changed_ptr, epoch, elements_a, elements_b,
-    BLOCK: tl.constexpr,
+@triton.jit
+def digest_of(b_value, o, m):
+    """A 64-bit sum over a block that depends on each value's bits and on its place `o`; order is of no matter."""
+    b_bits = b_value.to(tl.float32).to(tl.uint32, bitcast=True)
+    b_one = mixed(b_bits ^ mixed(o.to(tl.uint32)))  # [BLOCK]
+    b_two = mixed(b_one + 0x9E3779B9)
+    b_both = (b_one.to(tl.int64) << 32) | b_two.to(tl.int64)
+    return tl.sum(tl.where(m, b_both, 0), 0)
+
+
+@triton.jit(do_not_specialize=["owners", "slot"])
+def cast_fwd_kernel(
+    table_ptr, copy_ptr, digest_ptr, owners, slot, members,
+    SOURCE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
+    i_member = tl.load(table_ptr + owners + i)
+    p_row = table_ptr + i_member * COLUMNS
+    block = i - tl.load(p_row + 6)
+    elements_a = tl.load(p_row + 2)
     blocks_a = tl.cdiv(elements_a, BLOCK)
-    if i < blocks_a:
-        copy_block(a_ptr, a_old_ptr, a_new_ptr, changed_ptr, epoch, i, elements_a, BLOCK)
-    else:
-        copy_block(b_ptr, b_old_ptr, b_new_ptr, changed_ptr, epoch, i - blocks_a, elements_b, BLOCK)
+    is_b = block >= blocks_a
+    o = tl.where(is_b, block - blocks_a, block) * BLOCK + tl.arange(0, BLOCK)
+    m = o < tl.load(p_row + 2 + is_b)
+    p_source = tl.multiple_of(tl.load(p_row + is_b).to(tl.pointer_type(SOURCE)), 4)
+    b_x = tl.load(p_source + o, mask=m, other=0.0)  # [BLOCK]
+    if copy_ptr is not None:
+        p_copy = copy_ptr + tl.multiple_of(tl.load(p_row + 4 + is_b), 16)
+        b_x = b_x.to(copy_ptr.dtype.element_ty)
+        tl.store(p_copy + o, b_x, mask=m)
+    if digest_ptr is not None:
+        b_sum = digest_of(b_x, o + is_b * elements_a, m)
+        tl.atomic_add(digest_ptr + slot * members + i_member, b_sum, sem="relaxed")
 
 
-_snapshot_fwd = Kernel(snapshot_fwd_kernel, free=1)
+@triton.jit(do_not_specialize=["owners", "slot"])
+def norms_fwd_kernel(
+    table_ptr, copy_ptr, digest_ptr, old_ptr, stats_ptr, owners, slot, members, floor,
+    FACTOR: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr, MAGNITUDE: tl.constexpr,
+    LAYOUT: tl.constexpr, EVEN_IN: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, ROUND: tl.constexpr,
+    RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    i_member = tl.load(table_ptr + owners + i)
+    p_row = table_ptr + i_member * COLUMNS
+    out_features = tl.load(p_row + 15)
+    in_features = tl.load(p_row + 16)
+    if EVEN_IN:
+        in_features = tl.multiple_of(in_features, 16)
+    stats = tl.multiple_of(tl.load(p_row + 19), 16)
+    first = i - tl.load(p_row + 20)
+    o_m = first * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < out_features
+    # The old norm stands unless the digest of A and B is another one than at the last pass.
+    b_norm = tl.zeros([BLOCK_M], dtype=tl.float32)
+    stale = True
+    if old_ptr is not None:
+        last = (slot + 2) % 3
+        stale = tl.load(digest_ptr + slot * members + i_member) != tl.load(digest_ptr + last * members + i_member)
+        b_norm = tl.load(old_ptr + stats + o_m, mask=m_m, other=0.0)
+    if digest_ptr is not None:
+        tl.store(digest_ptr + (slot + 1) % 3 * members + i_member, tl.zeros([], dtype=tl.int64), mask=first == 0)
+    if stale:
+        if copy_ptr is not None:
+            p_a = copy_ptr + tl.multiple_of(tl.load(p_row + 4), 16)
+            p_b = copy_ptr + tl.multiple_of(tl.load(p_row + 5), 16)
+        else:
+            p_a = tl.load(p_row).to(tl.pointer_type(FACTOR))
+            p_b = tl.load(p_row + 1).to(tl.pointer_type(FACTOR))
+        p_w = tl.multiple_of(tl.load(p_row + 7).to(tl.pointer_type(WEIGHT)), 16)
+        p_scale = tl.load(p_row + 8).to(tl.pointer_type(SCALE))
+        p_code = tl.load(p_row + 9).to(tl.pointer_type(tl.float32))
+        p_outer = tl.load(p_row + 10).to(tl.pointer_type(tl.float32))
+        p_outer_code = tl.load(p_row + 11).to(tl.pointer_type(tl.float32))
+        p_offset = tl.load(p_row + 12).to(tl.pointer_type(tl.float32))
+        scaling = tl.load(p_row + 14).to(tl.int32).to(tl.float32, bitcast=True)
+        stride_m = tl.load(p_row + 17)
+        stride_k = tl.load(p_row + 18)
+        if LAYOUT == 0:
+            stride_k = 1
+        if LAYOUT == 1:
+            stride_m = 1
+        b_norm = tl.sqrt_rn(
+            sum_squares(
+                p_w, p_scale, p_code, p_outer, p_outer_code, p_offset, p_a, p_b, o_m, scaling,
+                out_features, in_features, stride_m, stride_k,
+                FORMAT, BLOCKSIZE, NESTED, EVEN, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
+            )
+        )  # fmt: skip
+    p_stats = stats_ptr + stats + o_m
+    tl.store(p_stats, b_norm, mask=m_m)
+    if MAGNITUDE is not None:
+        p_magnitude = tl.load(p_row + 13).to(tl.pointer_type(MAGNITUDE))
+        b_m = tl.load(p_magnitude + o_m, mask=m_m, other=0.0).to(tl.float32)
+        b_gain = tl.where(b_norm == 0, 1.0, tl.div_rn(b_m, tl.where(b_norm == 0, 1.0, b_norm)))
+        b_gain = tl.where(tl.abs(b_gain) < floor, floor, b_gain)
+        tl.store(p_stats + out_features, b_gain, mask=m_m)
 
 
-class DeviceState(NamedTuple):
-    """What the next pass compares with.
+_cast_fwd = Kernel(cast_fwd_kernel)
+_norms_fwd = Kernel(norms_fwd_kernel)
+
+
+class Pass(NamedTuple):
+    """The tensors of one pass, member by member.
 
     Args:
-        key: What the host compares: weight, scaling, shapes, dtype, device, stream.
-        a, b: The factors' values in the dtype of the products.
-        stats: `[1 or 2, out]`, their norm in the first row.
-        changed: int32 on the device, the last pass at which a or b changed.
-        epoch: The number of the last pass.
+        copies: A and B in the products' dtype, alternating; None where the parameters have it already.
+        stats: Norm and gain `[2, out]`, or the norm `[1, out]`, float32; None where no norm is wanted.
     """
 
-    key: tuple
-    a: torch.Tensor
-    b: torch.Tensor
-    stats: torch.Tensor
-    changed: torch.Tensor
-    epoch: int
+    copies: Sequence[torch.Tensor] | None
+    stats: Sequence[torch.Tensor] | None
 
 
-LAST_EPOCH = 2**31 - 2
+class Batch:
+    """Members that one pair of launches can serve, and what their last pass left on the device.
 
-
-class Refreshed(NamedTuple):
-    """The tensors of one pass, and what the next one compares with (None: what it would have compared with before).
+    Two digests that are equal for different values would let an old norm stand; with 64 bits that is not to be expected
+    in any training. Values that come back (NaN as well) give the same digest, and the norm that they had.
 
     Args:
-        a, b: The factors in the dtype of the products.
-        stats: Norm and gain `[2, out]`, or the norm `[1, out]`; float32.
-        state: For the next pass.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    stats: torch.Tensor
-    state: DeviceState | None
-
-
-def refresh(
-    state: object,
-    key: tuple,
-    source: Source,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    magnitude: torch.Tensor | None,
-    floor: float,
-) -> Refreshed:
-    """Cast A and B and bring the norm up to date, in two launches.
-
-    A pass that is being captured into a graph computes the norm and leaves no state: when the graph is replayed nothing
-    on the host says what happened since.
-
-    Args:
-        state: What the last pass left.
-        key: What the host knows of weight, scaling, shapes, dtypes and device.
-        source: The base weight.
-        A, B: The parameters.
-        scaling: s.
+        members: All with one device, dtypes, rank, format of weight, and all with a magnitude or none.
         dtype: That of the products.
-        magnitude: m `[out]`, or None where no gain is wanted.
-        floor: Lift gains smaller than this to it.
     """
-    capturing, stream = _stream(A)
-    key = (*key, stream)
-    if isinstance(state, DeviceState) and state.key == key and state.epoch < LAST_EPOCH and not capturing:
-        changed, epoch = state.changed, state.epoch + 1
-        old_a, old_b, old = state.a, state.b, state.stats
-    else:
-        changed = old_a = old_b = old = None
-        epoch = 0
-    a, b = torch.empty(A.shape, dtype=dtype, device=A.device), torch.empty(B.shape, dtype=dtype, device=B.device)
-    block = 64 if INTERPRETED else 2048
-    _snapshot_fwd(
-        (ceil_div(a.numel(), block) + ceil_div(b.numel(), block), 1, 1),
-        (A.contiguous(), B.contiguous(), old_a, old_b, a, b, changed),
-        (epoch, a.numel(), b.numel()),
-        (block,),
-    )
-    rows = 1 if magnitude is None else 2
-    stats = torch.empty((rows, B.shape[0]), dtype=torch.float32, device=A.device)
-    if magnitude is not None:
-        magnitude = magnitude.contiguous()
-    launch_row_norm(
-        source, a, b, scaling, stats, old=old, changed=changed, epoch=epoch, magnitude=magnitude, floor=floor
-    )
-    if capturing:
-        return Refreshed(a, b, stats, None)
-    if changed is None:
-        changed = torch.zeros((), dtype=torch.int32, device=A.device)
-    return Refreshed(a, b, stats, DeviceState(key, a, b, stats, changed, epoch))
+
+    def __init__(self, members: Sequence[Member], dtype: torch.dtype) -> None:
+        first = members[0]
+        self.kind, self.shapes = kind_of(first, dtype), self.shapes_of(members)
+        self.members = members
+        self.dtype = dtype
+        self.floor = 0.0
+        self.device = first.a.device
+        self.rank = first.a.shape[0]
+        self.copied = first.a.dtype != dtype
+        self.block = 64 if INTERPRETED else 4096
+        pads = [-(-size // ALIGNED) * ALIGNED for member in members for size in (member.a.numel(), member.b.numel())]
+        self.copy_offsets = [0, *accumulate(pads)]
+        self.rows = 1 if first.magnitude is None else 2
+        self.norms = first.source is not None
+        self.stats_offsets = [
+            0,
+            *accumulate(-(-self.rows * member.b.shape[0] // ALIGNED) * ALIGNED for member in members),
+        ]
+        self.tiles = norm_tiles(self.rank, first.source.constants[0] if self.norms else PLAIN)
+        self.addresses: list[int] | None = None
+        self._templates()
+        self.forget()
+
+    @staticmethod
+    def shapes_of(members: Sequence[Member]) -> list[tuple[torch.Size, torch.Size]]:
+        """What a batch has been cut for."""
+        return [(member.a.shape, member.b.shape) for member in members]
+
+    def move(self, members: Sequence[Member], floor: float = 0.0) -> None:
+        """Serve members of the same shapes, kind, scaling and weights that may lie elsewhere in memory.
+
+        Args:
+            members: They.
+            floor: Lift gains smaller than this to it.
+        """
+        self.members, self.floor = members, floor
+        tensors = [
+            tensor
+            for member in members
+            for tensor in (member.a, member.b, member.magnitude, *(member.source.pointers if member.source else ()))
+        ]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self._locate()
+
+    def _templates(self) -> None:
+        """Shapes, with the gaps between them, by which the shared buffers are cut up in one call."""
+
+        def spread(tensors: list[torch.Tensor], offsets: list[int]) -> tuple[list[torch.Tensor], slice | None]:
+            gaps = [offsets[i + 1] - offsets[i] - tensor.numel() for i, tensor in enumerate(tensors)]
+            if not any(gaps):
+                return tensors, None
+            gap = [torch.empty(size, device="meta") for size in gaps]
+            return [part for pair in zip(tensors, gap, strict=True) for part in pair], slice(None, None, 2)
+
+        factors = [factor.detach() for member in self.members for factor in (member.a, member.b)]
+        self.copy_cut = spread(factors, self.copy_offsets) if self.copied else None
+        stats = [torch.empty((self.rows, member.b.shape[0]), device="meta") for member in self.members]
+        self.stats_cut = spread(stats, self.stats_offsets) if self.norms else None
+
+    def forget(self) -> None:
+        """Let the next pass compute every norm."""
+        self.old: torch.Tensor | None = None
+        self.stream: int | None = None
+        self.slot = 0
+        self.digests: torch.Tensor | None = None
+
+    def refresh(self, keep: bool = True) -> Pass:
+        """Cast the factors and bring norms and gains up to date, in two launches.
+
+        A pass that is being captured into a graph computes every norm and leaves nothing behind: when the graph is
+        replayed nothing on the host says what happened since.
+
+        Args:
+            keep: Compare with the last pass, and let the next one compare with this.
+        """
+        capturing, stream = _stream(self.device)
+        if capturing or not keep:
+            old = digests = None
+        else:
+            if self.digests is None or stream != self.stream:
+                self.forget()
+                self.stream = stream
+                self.digests = torch.zeros((SLOTS, len(self.members)), dtype=torch.int64, device=self.device)
+            old, digests = self.old, self.digests
+        copy = copies = None
+        if self.copied:
+            copy = torch.empty(self.copy_offsets[-1], dtype=self.dtype, device=self.device)
+            copies = _cut(copy, self.copy_cut)
+        if copy is not None or (digests is not None and self.norms):
+            self._launch_cast(copy, digests if self.norms else None)
+        if not self.norms:
+            return Pass(copies, None)
+        stats = torch.empty(self.stats_offsets[-1], dtype=torch.float32, device=self.device)
+        if self.norm_blocks:
+            self._launch_norms(copy, digests, old, stats)
+        if digests is not None:
+            self.old, self.slot = stats, (self.slot + 1) % SLOTS
+        return Pass(copies, _cut(stats, self.stats_cut))
+
+    def _launch_cast(self, copy: torch.Tensor | None, digests: torch.Tensor | None) -> None:
+        key = "cast", digests is None, self.slot
+        launch = self.launches.get(key)
+        if launch is None:
+            launch = _cast_fwd.prepare(
+                (self.cast_blocks, 1, 1),
+                (self.cast_owners, self.slot, len(self.members)),
+                (LANGUAGE_TYPES[self.members[0].a.dtype], COLUMNS, self.block),
+                keep=(self.launches, key),
+            )
+        launch(self.table, copy, digests)
+
+    def _launch_norms(
+        self, copy: torch.Tensor | None, digests: torch.Tensor | None, old: torch.Tensor | None, stats: torch.Tensor
+    ) -> None:
+        key = "norms", digests is None, old is None, self.slot, self.floor
+        launch = self.launches.get(key)
+        if launch is None:
+            launch = _norms_fwd.prepare(
+                (self.norm_blocks, 1, 1),
+                (self.norm_owners, self.slot, len(self.members), self.floor),
+                self._constants(),
+                self.tiles.warps,
+                self.tiles.stages,
+                keep=(self.launches, key),
+            )
+        launch(self.table, copy, digests, old, stats)
+
+    def _locate(self) -> None:
+        """Write the table that tells the kernels where everything is."""
+        self.launches: dict = {}
+        rows, cast_owners, norm_owners = [], [], []
+        for i, member in enumerate(self.members):
+            rows.append(self._row(i, member, len(cast_owners), len(norm_owners)))
+            blocks = sum(ceil_div(factor.numel(), self.block) for factor in (member.a, member.b))
+            cast_owners += [i] * blocks
+            norm_owners += [i] * ceil_div(member.b.shape[0], self.tiles.block_m) if self.norms else []
+        self.cast_owners, self.cast_blocks = len(rows) * COLUMNS, len(cast_owners)
+        self.norm_owners, self.norm_blocks = self.cast_owners + len(cast_owners), len(norm_owners)
+        flat = [entry for row in rows for entry in row]
+        table = torch.tensor(flat + cast_owners + norm_owners, dtype=torch.int64)
+        if self.device.type == "cuda":
+            table = table.pin_memory()
+        self.pinned = table
+        self.table = table.to(self.device, non_blocking=True)
+
+    def _row(self, i: int, member: Member, cast_block: int, norm_block: int) -> list[int]:
+        row = [0] * COLUMNS
+        row[A], row[B] = member.a.data_ptr(), member.b.data_ptr()
+        row[ELEMENTS_A], row[ELEMENTS_B] = member.a.numel(), member.b.numel()
+        row[COPY_A], row[COPY_B] = self.copy_offsets[2 * i : 2 * i + 2]
+        row[CAST_BLOCK], row[NORM_BLOCK] = cast_block, norm_block
+        row[OUT], row[IN], row[STATS] = member.b.shape[0], member.a.shape[1], self.stats_offsets[i]
+        row[SCALING] = int(torch.tensor(member.scaling, dtype=torch.float32).view(torch.int32))
+        if member.magnitude is not None:
+            row[MAGNITUDE] = member.magnitude.data_ptr()
+        if member.source is not None:
+            row[WEIGHT : OFFSET + 1] = [0 if p is None else p.data_ptr() for p in member.source.pointers]
+            row[STRIDE_M], row[STRIDE_K] = member.source.strides
+        return row
+
+    def _constants(self) -> tuple:
+        first = self.members[0]
+        source = first.source
+        scale = source.pointers[1]
+        return (
+            LANGUAGE_TYPES[self.dtype if self.copied else first.a.dtype],
+            LANGUAGE_TYPES[source.pointers[0].dtype],
+            tl.float32 if scale is None else LANGUAGE_TYPES[scale.dtype],
+            None if first.magnitude is None else LANGUAGE_TYPES[first.magnitude.dtype],
+            layout_of(source),
+            all(member.a.shape[1] % 16 == 0 for member in self.members),
+            *source.constants,
+            self.rank,
+            COLUMNS,
+            self.tiles.block_m,
+            self.tiles.block_k,
+            rank_block(self.rank),
+        )
 
 
-def _stream(tensor: torch.Tensor) -> tuple[bool, int | None]:
+def kind_of(member: Member, dtype: torch.dtype) -> tuple:
+    """What members of one batch have in common."""
+    source, magnitude = member.source, member.magnitude
+    kind = (member.a.device, member.a.dtype, dtype, None if magnitude is None else magnitude.dtype)
+    if source is None:
+        return kind
+    data, scale = source.pointers[:2]
+    layout = source.constants, data.dtype, None if scale is None else scale.dtype, layout_of(source)
+    return (*kind, member.a.shape[0], *layout)
+
+
+def layout_of(source: Source) -> int:
+    """Which stride of a plain weight is one: the columns' (0), the rows' (1), none (2)."""
+    return 0 if source.strides[1] in (0, 1) else 1 if source.strides[0] == 1 else 2
+
+
+def row_norm(source: Source, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The Triton body of `peft.dora.row_norm`, in one launch.
+
+    Args:
+        source: The base weight `[out, in]`.
+        a, b: `[r, in]` and `[out, r]` in one dtype.
+        scaling: s.
+
+    Returns:
+        `[out]` float32.
+    """
+    members = [Member(source, a.contiguous(), b.contiguous(), None, scaling)]
+    batch = Batch(members, a.dtype)
+    batch.move(members)
+    return batch.refresh(keep=False).stats[0][0]
+
+
+def _cut(flat: torch.Tensor, cut: tuple[list[torch.Tensor], slice | None]) -> Sequence[torch.Tensor]:
+    templates, wanted = cut
+    parts = torch._C._nn.unflatten_dense_tensors(flat, templates)
+    return parts if wanted is None else parts[wanted]
+
+
+def _stream(device: torch.device) -> tuple[bool, int | None]:
     """Whether a graph is being captured, and the stream: what another one wrote may not be there yet."""
-    if tensor.device.type == "cuda":
-        return torch._C._cuda_isCurrentStreamCapturing(), torch._C._cuda_getCurrentRawStream(tensor.get_device())
-    return False, torch.xpu.current_stream().sycl_queue if tensor.device.type == "xpu" else None
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return torch._C._cuda_isCurrentStreamCapturing(), torch._C._cuda_getCurrentRawStream(index)
+    return False, torch.xpu.current_stream().sycl_queue if device.type == "xpu" else None

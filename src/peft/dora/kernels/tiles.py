@@ -3,7 +3,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .launch import INTERPRETED
+
+
+class NormTiles(NamedTuple):
+    """BLOCK_M, BLOCK_K, the number of warps and of stages of the row norm."""
+
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
 
 
 def power_of_two(n: int) -> int:
@@ -39,3 +50,17 @@ def gradient_tiles(tokens: int, out_features: int) -> tuple[int, int, int, int]:
     # Enough programs for an H100's 132 multiprocessors, and few partial sums for each output feature.
     programs = max(4, 512 // ceil_div(out_features, block_n))
     return block_m, block_n, max(1, ceil_div(ceil_div(tokens, block_m), programs)), 4
+
+
+def norm_tiles(rank: int, weight_format: int) -> NormTiles:
+    """Tiles of the row norm: a small rank reads W and little else, a large one is a matrix product.
+
+    Args:
+        rank: r.
+        weight_format: PLAIN, FOUR_BIT or EIGHT_BIT of `row_norm.py`.
+    """
+    if INTERPRETED:
+        return NormTiles(16, 32, 1, 1)
+    if rank > 64:
+        return NormTiles(64, 64, 4, 3)
+    return NormTiles(32, 128, 4, 3)

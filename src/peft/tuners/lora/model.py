@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import Module
 
+from peft import dora
 from peft.engine.layer import BaseTunerLayer
 from peft.engine.replicate import replicate_layers
 from peft.engine.targets import is_transformers_model
@@ -62,6 +63,22 @@ class LoraModel(BaseTuner):
     prefix = "lora_"
     tuner_layer_cls = layer.LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, model: Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        dora.watch_passes(self.model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        dora.begin_pass(self.model)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            dora.end_pass(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        dora.unwatch_passes(model)
+        return model
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)

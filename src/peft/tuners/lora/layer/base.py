@@ -320,7 +320,7 @@ class LoraLayer(AdapterLayer):
         return dora.plan(
             device=a.device,
             dtype=weight.dtype,
-            want_triton=self._use_dora_triton.get(name, False),
+            want_triton=self._use_dora_triton.get(name, False) if name in self.lora_magnitude_vector else None,
             kind=self.dora_kind,
         )
 
@@ -329,6 +329,11 @@ class LoraLayer(AdapterLayer):
     def dora_routes(self) -> dict[str, dora.Route]:
         """The route of every DoRA adapter of this layer."""
         return {name: self.dora_route(name) for name in self.lora_magnitude_vector}
+
+    def _replan(self) -> None:
+        super()._replan()
+        for cache in self.__dict__.get("_norm_caches", {}).values():
+            cache.rest()
 
     def dora_caches(self) -> Iterable[dora.NormCache]:
         return self._norm_caches.values()

@@ -37,16 +37,38 @@ class FusedPlan:
         name: The one active adapter.
         weight: The base weight.
         lora_a, lora_b: The modules that hold A and B, to notice when somebody replaces them.
-        cache: The norm's cache, None for plain LoRA.
+        magnitude: The module that holds the magnitude; None for plain LoRA.
+        dropout: The adapter's dropout; None where it is none.
+        cache: Where norm and cast factors are kept; None where nothing is.
         route: Which body runs.
+        hooks: The dictionaries that hooks on the modules would be in.
+        modules: Those modules, on which somebody might set another forward.
     """
 
     name: str
     weight: BaseWeight
     lora_a: nn.Linear
     lora_b: nn.Linear
+    magnitude: nn.Module | None
+    dropout: nn.Module | None
     cache: dora.NormCache | None
     route: dora.Route
+    hooks: tuple[dict, ...]
+    modules: tuple[nn.Module, ...]
+
+    def is_in_place(self, layer: LoraLinearBase) -> bool:
+        """Whether the modules are those of the plan, and calling them does no more than their class's forward."""
+        base, a, b = self.modules
+        own = layer._modules
+        return (
+            own["lora_A"]._modules.get(self.name) is a
+            and own["lora_B"]._modules.get(self.name) is b
+            and own["base_layer"] is base
+            and not any(self.hooks)
+            and "forward" not in a.__dict__
+            and "forward" not in b.__dict__
+            and "forward" not in base.__dict__
+        )
 
 
 class LoraLinearBase(LoraLayer, nn.Module):
@@ -149,38 +171,43 @@ class LoraLinearBase(LoraLayer, nn.Module):
         weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
         if not weight.direct() or self.base_layer.weight.requires_grad:
             return None
-        cache = self.norm_cache(name) if type(variant) is DoraLinearVariant else None
-        return FusedPlan(name, weight, lora_a, lora_b, cache, self.dora_route(name))
+        route = self.dora_route(name)
+        # Plain LoRA has no norm to keep; the kernels cast its factors where those of the whole model are.
+        cache = self.norm_cache(name) if route.path == "triton" or type(variant) is DoraLinearVariant else None
+        magnitude = self.lora_magnitude_vector[name] if name in self.lora_magnitude_vector else None
+        dropout = None if type(self.lora_dropout[name]) is nn.Identity else self.lora_dropout[name]
+        modules = self.base_layer, lora_a, lora_b
+        hooks = tuple(
+            hooks
+            for module in modules
+            for hooks in (
+                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+            )
+        )  # fmt: skip
+        return FusedPlan(name, weight, lora_a, lora_b, magnitude, dropout, cache, route, hooks, modules)
 
     def _forward_fused(self, x: torch.Tensor) -> torch.Tensor:
         plan: FusedPlan = self.__dict__["_fused"]
-        modules = self._modules
-        name = plan.name
-        dropout = modules["lora_dropout"]._modules[name]
-        lora_a, lora_b = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
-        if (
-            lora_a is not plan.lora_a
-            or lora_b is not plan.lora_b
-            or type(x) is not torch.Tensor
-            or _is_hooked(modules["base_layer"])
-            or _is_hooked(lora_a)
-            or _is_hooked(lora_b)
-            or plan.weight.compute_dtype not in (None, x.dtype)
-        ):
+        if type(x) is not torch.Tensor or not plan.is_in_place(self):
             return self._forward_general(x)
-        if type(dropout) is not nn.Identity and dropout.training and dropout.p > 0.0:
-            if plan.cache is None or not (x.dtype == lora_a.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+        compute_dtype = plan.weight.compute_dtype
+        if compute_dtype is not None and compute_dtype is not x.dtype:
+            return self._forward_general(x)
+        a = plan.lora_a._parameters["weight"]
+        dropout = plan.dropout
+        if dropout is not None and dropout.training and dropout.p > 0.0:
+            if plan.magnitude is None or not (x.dtype == a.dtype or torch.is_autocast_enabled(x.device.type)):
                 return self._forward_general(x)  # plain LoRA, or a wider adapter, whose dropout acts in its own dtype
             return self._forward_dropped(plan, x, dropout)
-        magnitude = modules["lora_magnitude_vector"]._modules.get(name)
+        b = plan.lora_b._parameters
         return dora.linear(
             x,
             plan.weight,
-            lora_a.weight,
-            lora_b.weight,
-            scaling=self.scaling[name],
-            magnitude=None if magnitude is None else magnitude.weight,
-            lora_bias=lora_b.bias,
+            a,
+            b["weight"],
+            scaling=self.scaling[plan.name],
+            magnitude=None if plan.magnitude is None else plan.magnitude.weight,
+            lora_bias=b["bias"],
             cache=plan.cache,
             route=plan.route,
         )
@@ -201,18 +228,6 @@ class LoraLinearBase(LoraLayer, nn.Module):
             route=plan.route,
         )
         return y + added.to(y.dtype)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's forward: hooks, or a forward set on the instance."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
 
 
 class Linear(LoraLinearBase):

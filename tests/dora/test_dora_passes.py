@@ -1,0 +1,233 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""A pass over a model brings the factors of all its layers up to date at once, and never with old values."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from peft import LoraConfig, dora, get_peft_model, inject_adapter_in_model
+from peft.dora import factors
+from peft.tuners.lora import LoraLayer
+
+WIDTH = 32
+
+
+class Net(nn.Module):
+    """Four layers; they can be checkpointed, left out, or called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=i == 2) for i in range(4)])
+        self.order = [0, 1, 2, 3]
+        self.reentrant = None
+
+    def forward(self, x, fails=False):
+        for i in self.order:
+            layer = self.layers[i]
+            if self.reentrant is None:
+                x = torch.tanh(layer(x))
+            else:
+                x = checkpoint(lambda x, layer=layer: torch.tanh(layer(x)), x, use_reentrant=self.reentrant)
+        if fails:
+            raise RuntimeError("on purpose")
+        return x
+
+
+@pytest.fixture(params=[True, False], ids=["dora", "lora"])
+def model(body, request, monkeypatch):
+    if body.route.path != "triton":
+        pytest.skip("the kernels' passes")
+    monkeypatch.setattr(LoraLayer, "dora_route", lambda self, name: body.route)
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, target_modules=["layers.0", "layers.1", "layers.2", "layers.3"], use_dora=request.param,
+        use_dora_triton=request.param, init_lora_weights=False, rank_pattern={"layers.1": 6},
+    )  # fmt: skip
+    return get_peft_model(Net(), config).to(body.device)
+
+
+def net_of(model):
+    return model.base_model.model
+
+
+def x_of(model, rows=5):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, WIDTH, generator=generator).to(next(model.parameters()).device).requires_grad_()
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def results(model, call=None):
+    """Output and gradients of one step."""
+    x = x_of(model)
+    for p in trained(model):
+        p.grad = None
+    y = (call or model)(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *[p.grad.clone() for p in trained(model)]]
+
+
+def alone(model):
+    """The same, layer by layer, without any memory."""
+    fresh = copy.deepcopy(model)
+    fresh.base_model.model.reentrant = None
+    dora.unwatch_passes(net_of(fresh))
+    return results(fresh, net_of(fresh))
+
+
+def check(model):
+    for found, expected in zip(results(model), alone(model), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.fixture
+def refreshes(monkeypatch):
+    """The number of members of every batch that is brought up to date."""
+    seen = []
+    original = factors.kernels().Batch.refresh
+
+    def refresh(self, *args, **kwargs):
+        seen.append(len(self.members))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(factors.kernels().Batch, "refresh", refresh)
+    return seen
+
+
+def test_one_refresh_a_pass(model, refreshes):
+    check(model)  # the first pass learns what the layers ask for
+    refreshes.clear()
+    results(model)
+    # one batch a rank, and whether the gain is lifted: not where the layer has a bias
+    assert sorted(refreshes) == ([1, 1, 2] if model.peft_config["default"].use_dora else [4])
+    check(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(model, refreshes, reentrant):
+    check(model)
+    net_of(model).reentrant = reentrant
+    for _ in range(3):
+        check(model)
+        for p in trained(model):
+            p.data.mul_(1.01)
+    refreshes.clear()
+    results(model)
+    batches = 3 if model.peft_config["default"].use_dora else 1
+    assert len(refreshes) == 2 * batches  # forward, and once in the backward pass
+
+
+def test_every_write_between_passes_is_seen(model):
+    for step in range(3):
+        check(model)
+        torch.optim.AdamW(trained(model), lr=0.1, fused=True).step()
+        check(model)
+        with torch.no_grad():
+            trained(model)[step].data.view(-1)[0] += 1.0
+    model.load_state_dict({name: 0.5 * value for name, value in model.state_dict().items()})
+    check(model)
+    net_of(model).layers[1].scaling["default"] *= 2
+    check(model)
+
+
+def test_layers_called_outside_of_a_pass(model):
+    check(model)
+    layer = net_of(model).layers[3]
+    for _ in range(3):
+        trained(model)[-1].data.add_(0.5)
+        layer.lora_A["default"].weight.data.add_(0.5)
+        y, expected = layer(x_of(model)), copy.deepcopy(layer)(x_of(model))
+        assert torch.equal(y, expected)
+        check(model)
+
+
+def test_layers_left_out_and_called_twice(model):
+    for order in ([0, 1, 2, 3], [0, 3], [0, 0, 1, 2, 3, 1], [3, 2, 1, 0], [1]):
+        net_of(model).order = order
+        for p in trained(model):
+            p.data.mul_(1.1)
+        x = x_of(model)
+        expected = copy.deepcopy(model)
+        dora.unwatch_passes(net_of(expected))
+        assert torch.equal(model(x), net_of(expected)(x))
+
+
+def test_an_error_ends_the_pass(model):
+    check(model)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(x_of(model), fails=True)
+    trained(model)[0].data.add_(1.0)
+    layer = net_of(model).layers[0]
+    assert torch.equal(layer(x_of(model)), copy.deepcopy(layer)(x_of(model)))
+    check(model)
+
+
+def test_adapters_come_and_go(model):
+    check(model)
+    config = copy.deepcopy(model.peft_config["default"])
+    model.add_adapter("other", config)
+    check(model)
+    model.set_adapter("other")
+    check(model)
+    results(model)
+    with model.disable_adapter():
+        model(x_of(model))
+    check(model)
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    check(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    check(model)
+
+
+def test_moved_parameters(model):
+    check(model)
+    for _ in range(8):
+        for p in trained(model):
+            p.data = p.data.clone() * 1.01
+        check(model)
+
+
+def test_copies_and_pickles(model):
+    check(model)
+    check(copy.deepcopy(model))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    check(torch.load(buffer, weights_only=False))
+
+
+def test_a_model_without_a_wrapper(body, refreshes):
+    if body.route.path != "triton":
+        pytest.skip("the kernels' passes")
+    config = LoraConfig(r=4, target_modules=["layers.0", "layers.1"], use_dora=True, use_dora_triton=True)
+    net = inject_adapter_in_model(config, Net()).to(body.device)
+    x = torch.randn(3, WIDTH, device=body.device)
+    net(x)
+    refreshes.clear()
+    net(x)
+    assert refreshes == [2]
+
+
+def test_unloading_leaves_no_hook(model):
+    results(model)
+    net = model.unload()
+    assert not net._forward_hooks and not net._forward_pre_hooks and not net._forward_hooks_always_called
+
+
+def test_the_wider_memory_is_let_go(model):
+    """After a pass without gradient nothing of its copies is left."""
+    model.half()
+    with torch.no_grad():
+        x = x_of(model).detach().half()
+        model(x)
+        model(x)
+    for part in factors._passes[net_of(model)].devices:
+        assert part.factors is None
