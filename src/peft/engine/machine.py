@@ -169,12 +169,13 @@ class AdapterLayer(BaseTunerLayer):
         """Raise the error that merging the named adapters would raise, before anything is changed.
 
         Raises:
-            RuntimeError: An adapter cannot be folded into this layer.
+            RuntimeError: An adapter cannot be folded into this layer; of the class that its method names.
         """
         for name in names:
-            why_not = self.method(name).why_not_foldable(self, name) if self.has_adapter(name) else None
+            method = self.method(name) if self.has_adapter(name) else None
+            why_not = None if method is None else method.why_not_foldable(self, name)
             if why_not is not None:
-                raise RuntimeError(f"Adapter {name!r} cannot be merged into {type(self).__name__}: {why_not}")
+                raise method.refusal(f"Adapter {name!r} cannot be merged into {type(self).__name__}: {why_not}")
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the base weight again, the last one first.

@@ -40,6 +40,7 @@ class MultiheadAttention(ParameterLayer, nn.Module):
     """
 
     parameter_name = "in_proj_weight"
+    frozen_biases = ("in_proj_bias",)
     # `nn.TransformerEncoderLayer` looks at it: where it is true, a fused kernel reads the weights past this layer
     _qkv_same_embed_dim = False
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class ALoraLinearVariant(AdditiveVariant):
     """aLoRA on linear layers: of each row, the last `alora_offsets[row]` tokens get the adapter's update."""
 
+    refusal = NotImplementedError
+
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
         """Nothing beyond A and B."""
