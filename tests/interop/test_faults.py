@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import faults  # noqa: F401  registers its recipes
+import faults_dora  # noqa: F401
 import pytest
 import recipes
 import torch
@@ -77,6 +78,12 @@ FAULTS = (
         "ValueError",
     ),
     Fault("dora_mixed_batch", _is_small, "ValueError"),
+    *(
+        Fault("dora_merged", _is_small, "ValueError", {"kind": kind})
+        for kind in ("packed", "separate", "experts", "lora_bias")
+    ),
+    Fault("dora_on_activated_tokens", _is_small, "ValueError"),
+    Fault("tied_merge", _is_small),
     Fault("weighted_magnitude", lambda facts: all(_is_one(ratio) for ratio in facts["ratio"])),
     Fault("hotswapped", _is_small, "KeyError"),
     Fault("biases_of_two_after_reload", lambda changes: all(_is_small(change) for change in changes.values())),

@@ -16,6 +16,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
     import faults  # noqa: F401  registers its recipes
+    import faults_dora  # noqa: F401
     import recipes
     from peer import receive, send
 

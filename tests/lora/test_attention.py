@@ -128,10 +128,6 @@ def test_dropout_warns_that_it_does_nothing():
 
 
 def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="kdim"):
-        tuned(Net(kdim=4, vdim=4))
-    with pytest.raises(ValueError, match="use_dora"):
-        tuned(use_dora=True)
     with pytest.raises(ValueError, match="pissa"):
         tuned(init_lora_weights="pissa")
     with pytest.raises(TypeError, match="adapter_names"):

@@ -172,7 +172,6 @@ def test_mixtral_experts():
     "settings",
     [
         {"lora_dropout": 0.1},
-        {"use_dora": True},
         {"lora_bias": True},
         {"fan_in_fan_out": True},
         {"init_lora_weights": "pissa"},
@@ -205,7 +204,7 @@ def test_mixed_batches_are_refused():
 def test_injected_from_a_state_dict(low_cpu_mem_usage, modules):
     """Keys of a wrapper name the module that owns the parameters, which is not adapted as a whole."""
     model = tuned(target_modules=modules)
-    state = get_peft_model_state_dict(model)
+    state = {key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(model).items()}
     config = LoraConfig(r=2, lora_alpha=8, target_modules=modules, target_parameters=["experts.up", "experts.down"])
     net = inject_adapter_in_model(config, Net(), state_dict=state, low_cpu_mem_usage=low_cpu_mem_usage)
     result = set_peft_model_state_dict(net, state, low_cpu_mem_usage=low_cpu_mem_usage)

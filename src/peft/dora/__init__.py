@@ -11,6 +11,7 @@ from .norm import NormCache, row_norm
 from .pieces import branch, compose
 from .reference import dora_linear_reference, gain, weight_norm
 from .route import Route, explain, plan
+from .stacked import stacked_norm, stacked_weight
 
 __all__ = [
     "NormCache",
@@ -24,6 +25,8 @@ __all__ = [
     "linear",
     "plan",
     "row_norm",
+    "stacked_norm",
+    "stacked_weight",
     "weight_norm",
 ]
 

@@ -157,8 +157,7 @@ class AdapterLayer(BaseTunerLayer):
                     "was left as it is. The adapter's parameters are broken."
                 )
         if not journal.steps:
-            weight = find_weight(self.get_base_layer())
-            journal.snapshot = weight.snapshot() if weight.lossy else None
+            journal.snapshot = self._snapshot()
         self._write_base(folded, journal)
         journal.steps += kept
         self.__dict__["_journal"] = journal
@@ -190,6 +189,11 @@ class AdapterLayer(BaseTunerLayer):
         self.__dict__["_journal"] = None
         self.merged_adapters = []
         self._replan()
+
+    def _snapshot(self) -> Any:
+        """The stored bytes of a base weight that is rounded when it is written, else None."""
+        weight = find_weight(self.get_base_layer())
+        return weight.snapshot() if weight.lossy else None
 
     def _original_base(self, folded: Folded, journal: MergeJournal) -> Folded:
         """The base weight and bias as they were before the adapters of the journal went in."""

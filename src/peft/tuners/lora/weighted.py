@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peft import dora
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.warning import PeftWarning
 
 from .layer.base import LoraLayer
+from .layer.param import ParamWrapper
 from .variants.dora import DoraLinearVariant
 from .variants.mica import MiCAEmbeddingVariant, MiCALinearVariant
 
@@ -154,6 +154,11 @@ def _check(model: LoraModel, adapters: list[str], weights: list[float]) -> list[
 
 def _check_layer(name: str, layer: LoraLayer, adapters: list[str]) -> None:
     for adapter in adapters:
+        if isinstance(layer, ParamWrapper) and layer.has_adapter(adapter):
+            raise ValueError(
+                f"Adapter {adapter!r} is on the parameter {layer.parameter_name} of {name} (target_parameters), whose factors "
+                "are stacked by expert and do not combine: leave it out."
+            )
         variant = layer.lora_variant.get(adapter)
         if not isinstance(variant, (*_COMBINABLE, DoraLinearVariant)):
             raise ValueError(
@@ -286,15 +291,13 @@ def _fill_magnitude(layer: LoraLayer, pairs: list[tuple[str, float]], new: str) 
     """
     if new not in layer.lora_magnitude_vector:
         return
-    weight = layer.norm_weight()
-    a, b = layer.factors(new)
-    start = dora.row_norm(weight, torch.zeros_like(a), torch.zeros_like(b), 0.0)
+    start = layer.weight_norm(None).flatten()
     total = start.clone()
     for name, share in pairs:
         if name in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[name].weight.flatten().to(start)
         else:
-            magnitude = dora.row_norm(weight, *layer.factors(name), layer.scaling[name]).to(start)
+            magnitude = layer.weight_norm(name).flatten().to(start)
         total += share * (magnitude - start)
     target = layer.lora_magnitude_vector[new].weight
     target.copy_(total.reshape(target.shape))
