@@ -200,6 +200,7 @@ def _new_config(model: LoraModel, adapters: list[str], ranks: dict[str, int]) ->
     else:
         targets = set().union(*(config.target_modules or () for config in configs))
     saved = [name for config in configs for name in config.modules_to_save or ()]
+    init = configs[0].init_lora_weights  # no other start: those change the base weight, also when the file is loaded
     return replace(
         copy.deepcopy(configs[0]),
         r=r,
@@ -210,7 +211,7 @@ def _new_config(model: LoraModel, adapters: list[str], ranks: dict[str, int]) ->
         use_rslora=False,
         use_dora=any(config.use_dora for config in configs),
         lora_bias=any(config.lora_bias for config in configs),
-        init_lora_weights=False,
+        init_lora_weights=init if init in (True, False, "gaussian") else True,
         modules_to_save=list(dict.fromkeys(saved)) or None,
         **narrowed,
     )
