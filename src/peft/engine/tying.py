@@ -103,6 +103,8 @@ def part(layers: list[BaseTunerLayer], names: Iterable[str]) -> None:
     for layer in layers:
         base = layer.get_base_layer()
         weight = base._parameters.get("weight")
+        if getattr(layer, "_follows", False):  # the layer that it is tied to merges for both
+            continue
         if type(weight) is not nn.Parameter or weight.is_meta or names.isdisjoint(layer._get_available_adapters()):
             continue
         owner = owners.setdefault(id(weight), base)
