@@ -242,8 +242,6 @@ class Row:
         without = set()
         if self.layer.kind == "embedding":
             without.add("lora_bias")  # an embedding has no bias to merge into: refused, in every release
-        if self.method.dora:
-            without.add("lora_bias")  # refused when the config is built
         if self.form.dtype == torch.float32 or self.form.quant == "int8":
             without.add("low_precision")  # the base's dtype is float32, or no floating-point one
         return tuple(state for state in STATES if state not in without)
@@ -280,6 +278,7 @@ class Fault:
 MERGES = ("merged", "safe_merged", "unmerged")
 UNMERGED = tuple(state for state in STATES if state not in ("merged", "safe_merged", "disabled"))
 UPSTREAM_FAULTS: tuple[Fault, ...] = (
+    Fault("DoRA with lora_bias is refused", lambda row: row.method.dora, ("lora_bias",)),
     Fault("convolutions with groups refuse to merge", lambda row: row.layer.groups > 1, MERGES),
     Fault(
         "DoRA on a convolution with groups takes the norm of another matrix than the weight that it applies",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import faults  # noqa: F401  registers its recipes
+import faults_dora  # noqa: F401
+import faults_lora  # noqa: F401  likewise
 import pytest
 import recipes
 import torch
@@ -77,10 +79,37 @@ FAULTS = (
         "ValueError",
     ),
     Fault("dora_mixed_batch", _is_small, "ValueError"),
+    *(
+        Fault("dora_merged", _is_small, "ValueError", {"kind": kind})
+        for kind in ("packed", "separate", "experts", "lora_bias")
+    ),
+    Fault("dora_on_activated_tokens", _is_small, "ValueError"),
+    Fault("tied_merge", _is_small),
     Fault("weighted_magnitude", lambda facts: all(_is_one(ratio) for ratio in facts["ratio"])),
     Fault("hotswapped", _is_small, "KeyError"),
     Fault("biases_of_two_after_reload", lambda changes: all(_is_small(change) for change in changes.values())),
     Fault("modules_to_save_after_rounds", lambda names: names == ["classifier", "score"]),
+    Fault("olora_on_conv1d", _is_small, "RuntimeError"),
+    Fault("attention_keeps_its_bits", _is_true),
+    Fault("attention_counts_once", _is_small),
+    Fault(
+        "change_by_merging_shared", _is_small, arguments={"kind": "replication", "layer_replication": [(0, 2), (1, 3)]}
+    ),
+    *(
+        Fault(
+            "change_by_merging_shared",
+            _is_small,
+            arguments={"kind": "tied", "target_modules": [name], "ensure_weight_tying": True, "use_dora": dora},
+        )
+        for name in ("embed_tokens", "lm_head")
+        for dora in (False, True)
+    ),
+    Fault("tied_after_a_move", _is_true),
+    Fault("block_diagonal_delta", lambda shape: shape == [128, 64]),
+    Fault("block_diagonal_random", _is_true),
+    Fault("block_diagonal_on_four_bits", lambda shape: shape == [4, 32]),
+    Fault("kasa_on_four_bits", _is_true),
+    Fault("embedding_by_lorafa", _is_true),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
     Fault("offloaded", _is_true, "AssertionError|RuntimeError"),
     *(

@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import os
 import sys
 import traceback
+import types
 import warnings
 from pathlib import Path
+
+
+def _stand_in_for_attrs() -> None:
+    """Upstream's CorDA imports attrs, which its release does not require: without it, standard dataclasses serve."""
+    if importlib.util.find_spec("attr") is None:
+        module = types.ModuleType("attr")
+        module.dataclass = dataclasses.dataclass
+        sys.modules["attr"] = module
 
 
 def main() -> None:
@@ -15,7 +26,12 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not end up among the answers
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+    _stand_in_for_attrs()
     import faults  # noqa: F401  registers its recipes
+    import faults_dora  # noqa: F401  likewise
+    import faults_lora  # noqa: F401  likewise
+    import operation_recipes  # noqa: F401  likewise
+    import option_recipes  # noqa: F401  likewise
     import recipes
     from peer import receive, send
 

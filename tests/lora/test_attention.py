@@ -128,11 +128,21 @@ def test_dropout_warns_that_it_does_nothing():
 
 
 def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="kdim"):
-        tuned(Net(kdim=4, vdim=4))
-    with pytest.raises(ValueError, match="use_dora"):
-        tuned(use_dora=True)
     with pytest.raises(ValueError, match="pissa"):
         tuned(init_lora_weights="pissa")
     with pytest.raises(TypeError, match="adapter_names"):
         tuned()(X, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_bias_that_is_trained_is_saved(bias, tmp_path):
+    """The out-projection's; the packed one is no parameter of a layer that `bias` speaks of."""
+    model = tuned(bias=bias)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained == {"base_model.model.attn.base_layer.out_proj.base_layer.bias"}
+    with torch.no_grad():
+        model.get_parameter(*trained).normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path).eval()
+    torch.testing.assert_close(loaded(X), model(X))
+    assert not torch.equal(loaded(X), tuned()(X))

@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 
@@ -165,7 +172,6 @@ def test_mixtral_experts():
     "settings",
     [
         {"lora_dropout": 0.1},
-        {"use_dora": True},
         {"lora_bias": True},
         {"fan_in_fan_out": True},
         {"init_lora_weights": "pissa"},
@@ -191,3 +197,16 @@ def test_names_that_match_nothing():
 def test_mixed_batches_are_refused():
     with pytest.raises(ValueError, match="adapter_names"):
         tuned().eval()(X, adapter_names=["default"] * 5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("modules", [[], ["head"]])
+def test_injected_from_a_state_dict(low_cpu_mem_usage, modules):
+    """Keys of a wrapper name the module that owns the parameters, which is not adapted as a whole."""
+    model = tuned(target_modules=modules)
+    state = {key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(model).items()}
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=modules, target_parameters=["experts.up", "experts.down"])
+    net = inject_adapter_in_model(config, Net(), state_dict=state, low_cpu_mem_usage=low_cpu_mem_usage)
+    result = set_peft_model_state_dict(net, state, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not result.missing_keys
+    torch.testing.assert_close(net(X), model(X))

@@ -271,7 +271,7 @@ def test_gradients_under_checkpointing_are_the_same(use_reentrant):
 
 
 def test_alora_is_not_merged():
-    with pytest.raises(RuntimeError, match="aLoRA"):
+    with pytest.raises(NotImplementedError, match="aLoRA"):
         alora_llama().merge_adapter()
 
 

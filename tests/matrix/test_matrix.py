@@ -12,6 +12,7 @@ import pytest
 import torch
 from rig import (
     DROPOUT,
+    Rig,
     assert_same_bits,
     check_training,
     disturb,
@@ -21,7 +22,7 @@ from rig import (
     state_of,
 )
 from torch.nn import functional as F
-from truth import adapter_of, assert_as_good_as, dequantised, floor, merged_rows, rows_of
+from truth import adapter_of, assert_as_good_as, dequantised, floor, gain, merged_rows, rows_of
 
 from cases import Row, rows
 from peft import PeftModel, get_peft_model_state_dict
@@ -104,13 +105,24 @@ def test_lora_bias(row: Row, device: str) -> None:
         made.model.merge_adapter(safe_merge=True)
         merged = made.model(made.x)
         bias = made.layer.get_base_layer().bias
-        adapter = made.adapters()[0]
-        plain = made.base.bias + (adapter.scaling * adapter.bias).to(made.base.bias)
-        truth = made.base.bias.double() + adapter.scaling * adapter.bias.double()
+        plain, truth = _merged_biases(made)
         assert_as_good_as(bias, plain, truth, "merged bias")
         assert merged.dtype == before.dtype
         made.model.unmerge_adapter()
     assert same_bits(made.layer.get_base_layer().bias, made.base.bias)
+
+
+def _merged_biases(made: Rig) -> tuple[torch.Tensor, torch.Tensor]:
+    """b + g∘s·c, with g = 1 for plain LoRA: in the row's precision, and in float64."""
+    found = []
+    for base, weight, dtype in (
+        (made.base, made.plain_weight(), made.adapters()[0].a.dtype),
+        (made.dense(), made.dense().weight, torch.float64),
+    ):
+        adapter = made.adapters()[0].to(dtype)
+        gained = 1.0 if adapter.magnitude is None else gain(base, weight, adapter)
+        found.append(made.base.bias.to(dtype) + gained * adapter.scaling * adapter.bias)
+    return found[0].to(made.base.bias.dtype), found[1]
 
 
 @in_state("low_precision")

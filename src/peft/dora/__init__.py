@@ -12,6 +12,7 @@ from .norm import row_norm
 from .pieces import branch, compose
 from .reference import dora_linear_reference, gain, weight_norm
 from .route import Route, explain, plan
+from .stacked import stacked_norm, stacked_weight
 
 __all__ = [
     "NormCache",
@@ -27,6 +28,8 @@ __all__ = [
     "linear",
     "plan",
     "row_norm",
+    "stacked_norm",
+    "stacked_weight",
     "unwatch_passes",
     "watch_passes",
     "weight_norm",

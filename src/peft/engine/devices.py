@@ -24,6 +24,9 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, nn.MultiheadAttention):
         base_layer = base_layer.out_proj
+    if hasattr(layer, "get_param"):  # one parameter of it is adapted, which may have any name
+        parameter = layer.get_param()
+        return parameter.device, parameter.dtype if parameter.dtype.is_floating_point else None
     for attribute in ("weight", "qweight", "in_proj_weight"):
         weight = getattr(base_layer, attribute, None)
         if isinstance(weight, torch.Tensor):

@@ -99,11 +99,12 @@ def inject(
     matches = match_modules(tuner, config, names)
     chosen = matches.targeted
     if state_dict is not None:
-        saved = names_in_state_dict(state_dict, tuner.prefix)
+        saved = names_in_state_dict(state_dict, tuner.prefix) - tuner._parameter_owners(config, model)
         chosen = [name for name in names if name in saved]
         _warn_about_disagreement(matches.targeted, chosen)
     else:
         shorten_target_modules(config, matches)
+    chosen = [*chosen, *tuner._tied_to(config, model, chosen)]
     context = init_empty_weights if low_cpu_mem_usage else nullcontext
     for name in chosen:
         parent, target, target_name = _get_submodules(model, name)

@@ -30,6 +30,7 @@ class BaseTunerLayer(ABC):
     other_param_names: tuple[str, ...] = ()
     frozen_peft_weight_names: dict = {}
     quantization_backend = None
+    frozen_biases: tuple[str, ...] = ()  # parameters of the base layer that no `bias` setting trains
 
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"

@@ -157,8 +157,7 @@ class AdapterLayer(BaseTunerLayer):
                     "was left as it is. The adapter's parameters are broken."
                 )
         if not journal.steps:
-            weight = find_weight(self.get_base_layer())
-            journal.snapshot = weight.snapshot() if weight.lossy else None
+            journal.snapshot = self._snapshot()
         self._write_base(folded, journal)
         journal.steps += kept
         self.__dict__["_journal"] = journal
@@ -169,12 +168,13 @@ class AdapterLayer(BaseTunerLayer):
         """Raise the error that merging the named adapters would raise, before anything is changed.
 
         Raises:
-            RuntimeError: An adapter cannot be folded into this layer.
+            RuntimeError: An adapter cannot be folded into this layer; of the class that its method names.
         """
         for name in names:
-            why_not = self.method(name).why_not_foldable(self, name) if self.has_adapter(name) else None
+            method = self.method(name) if self.has_adapter(name) else None
+            why_not = None if method is None else method.why_not_foldable(self, name)
             if why_not is not None:
-                raise RuntimeError(f"Adapter {name!r} cannot be merged into {type(self).__name__}: {why_not}")
+                raise method.refusal(f"Adapter {name!r} cannot be merged into {type(self).__name__}: {why_not}")
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the base weight again, the last one first.
@@ -189,6 +189,11 @@ class AdapterLayer(BaseTunerLayer):
         self.__dict__["_journal"] = None
         self.merged_adapters = []
         self._replan()
+
+    def _snapshot(self) -> Any:
+        """The stored bytes of a base weight that is rounded when it is written, else None."""
+        weight = find_weight(self.get_base_layer())
+        return weight.snapshot() if weight.lossy else None
 
     def _original_base(self, folded: Folded, journal: MergeJournal) -> Folded:
         """The base weight and bias as they were before the adapters of the journal went in."""

@@ -26,6 +26,8 @@ class Method(ABC):
     undo a merge, dtypes and devices. A method answers what one adapter does to an output and to a weight.
     """
 
+    refusal: type[RuntimeError] = RuntimeError  # what merging raises where it is not possible
+
     def why_not_foldable(self, layer: AdapterLayer, name: str) -> str | None:
         """Why this adapter cannot be folded into the base weight, or None where it can."""
         return None

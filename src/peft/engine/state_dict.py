@@ -18,6 +18,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, check_file_exists_on_hf_hub
 from peft.utils.warning import PeftWarning
 
+from .biases import adapted_layers, name_alone, trained_biases
 from .devices import move_slot_to_base_layer
 from .layer import BaseTunerLayer
 
@@ -116,28 +117,9 @@ def _biases(
     model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor], prefix: str
 ) -> dict[str, torch.Tensor]:
     """The base biases that the adapter trained, named as in a model that carries this adapter alone."""
-    kind = getattr(config, "bias", "none")
-    if kind == "none":
-        return {}
-    adapted = _adapted_names(model, adapter_name)
-    found = {}
-    for key, value in state_dict.items():
-        if not key.endswith("bias") or f".{prefix}" in key or ".modules_to_save." in key:
-            continue
-        plain = key.replace(_BASE, ".")
-        owner = plain.rpartition(".")[0]
-        if kind == "all" or owner in adapted:
-            found[f"{owner}{_BASE}{plain.rpartition('.')[2]}" if owner in adapted else plain] = value
-    return found
-
-
-def _adapted_names(model: nn.Module, adapter_name: str) -> set[str]:
-    """Names, in `model`, of the modules that have the adapter."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
-    }
+    trained = trained_biases(model, state_dict, getattr(config, "bias", "none"), adapter_name, prefix)
+    layers = adapted_layers(model) if trained else {}
+    return {name_alone(key, layers, adapter_name): state_dict[key] for key in trained}
 
 
 def _base_prefix(model: nn.Module) -> str:
@@ -318,16 +300,14 @@ def _live_names(
     adapters = {key: value for key, value in renamed.items() if marker in key and key not in current}
     others = {key: value for key, value in renamed.items() if marker not in key}
     live.update(tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, adapters))
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    live.update({_base_key(key, wrapped): value for key, value in others.items()})
+    places = {_plain(key): key for key in current if marker not in key}
+    live.update({places.get(_plain(key), key): value for key, value in others.items()})
     return live
 
 
-def _base_key(key: str, wrapped: set[str]) -> str:
-    """A base parameter's name, with or without `base_layer` as the model has it now."""
-    plain = key.replace(_BASE, ".")
-    owner, _, leaf = plain.rpartition(".")
-    return f"{owner}{_BASE}{leaf}" if owner in wrapped else plain
+def _plain(key: str) -> str:
+    """A base parameter's name without the wrappers that adapters put around its module."""
+    return key.replace(_BASE, ".")
 
 
 # ---- the base model alone ------------------------------------------------------------------------------------------

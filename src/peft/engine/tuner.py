@@ -22,6 +22,7 @@ from peft.utils.warning import PeftWarning
 
 from . import tying
 from .activate import delete_adapter, set_adapter, set_requires_grad
+from .biases import trained_biases
 from .devices import onload_layer
 from .inject import inject
 from .layer import BaseTunerLayer
@@ -116,6 +117,17 @@ class BaseTuner(Module, ABC):
         """Adapts bare parameters (`target_parameters`) and returns their names; none by default."""
         return []
 
+    def _parameter_owners(self, peft_config: PeftConfig, model: Module) -> set[str]:
+        """Names of the modules whose bare parameters the config targets; none by default."""
+        return set()
+
+    def _tied_to(self, peft_config: PeftConfig, model: Module, names: list[str]) -> list[str]:
+        """Further modules to adapt, since they share a weight with one of `names`; none by default."""
+        return []
+
+    def _tie_adapters(self, peft_config: PeftConfig, model: Module, adapter_name: str) -> None:
+        """Makes new adapters of layers that share a weight share theirs; nothing by default."""
+
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         """Refuse a config that does not go with the adapters that are there."""
         with_bias = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
@@ -184,6 +196,7 @@ class BaseTuner(Module, ABC):
         self.peft_config[adapter_name] = config
         self.targeted_module_names = inject(self, model, config, adapter_name, low_cpu_mem_usage, state_dict)
         self.targeted_parameter_names = self._inject_parameters(config, model, adapter_name, low_cpu_mem_usage)
+        self._tie_adapters(config, model, adapter_name)
         tying.warn_about_tied_targets(
             tying.tied_targets(self.targeted_module_names, model_config),
             getattr(config, "ensure_weight_tying", False),
@@ -211,14 +224,9 @@ class BaseTuner(Module, ABC):
                 parameter.requires_grad_(False)
         for adapter in self.active_adapters:
             bias = getattr(self.peft_config[adapter], "bias", "none")
-            if bias == "all":
-                for name, parameter in model.named_parameters():
-                    if "bias" in name:
-                        parameter.requires_grad_(True)
-            elif bias != "none":
-                for module in self._layers():
-                    if getattr(module, "bias", None) is not None:
-                        module.bias.requires_grad_(True)
+            parameters = dict(model.named_parameters())
+            for name in trained_biases(model, parameters, bias, adapter, self.prefix):
+                parameters[name].requires_grad_(True)
 
     def _layers(self) -> Iterator[BaseTunerLayer]:
         return (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
@@ -281,7 +289,9 @@ class BaseTuner(Module, ABC):
             safe_merge: Check every new weight for NaN and infinity first.
         """
         self._check_merge_allowed()
-        for module in self._merging_order(adapter_names):
+        layers = self._merging_order(adapter_names)
+        tying.part(layers, self.active_adapters if adapter_names is None else adapter_names)
+        for module in layers:
             with onload_layer(module):
                 module.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -291,6 +301,7 @@ class BaseTuner(Module, ABC):
             if isinstance(module, BaseTunerLayer):
                 with onload_layer(module):
                     module.unmerge()
+        tying.rejoin(self.model, unmerged=True)
 
     def _merging_order(self, adapter_names: list[str] | None) -> list[BaseTunerLayer]:
         """The layers to merge, after making sure that none of them will refuse half-way."""
@@ -323,7 +334,8 @@ class BaseTuner(Module, ABC):
     ) -> Module:  # fmt: skip
         if merge:
             self._check_merge_allowed()
-            self._merging_order(adapter_names)
+            layers = self._merging_order(adapter_names)
+            tying.part(layers, self.active_adapters if adapter_names is None else adapter_names)
         wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         names = [name for name, module in self.model.named_modules() if isinstance(module, wrapped)]
         outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
@@ -337,6 +349,7 @@ class BaseTuner(Module, ABC):
                 else:
                     plain = self._unwrapped(target, merge, safe_merge, adapter_names)
                 self._replace_module(parent, target_name, plain, target)
+        tying.rejoin(self.model, unmerged=not merge)
         if merge:
             tying.note_untied(self.model)
         if hasattr(self.model, "peft_config"):

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.warning import PeftWarning
+
+from .layer import BaseTunerLayer
 
 warn_msg_weight_tying = (
     "The base model ties its word embeddings (tie_word_embeddings=True) and the adapter covers one of the tied layers, "
@@ -78,8 +82,8 @@ def warn_about_tied_targets(names: list[str], ensure_weight_tying: bool, support
 
 
 def warn_about_merging_tied(names: list[str]) -> None:
-    """Warn before a merge that would change one of two layers that share a weight."""
-    if names:
+    """Warn before a merge into one of two layers that share a weight; where both are adapted, `part` parts them."""
+    if len(names) == 1:
         warnings.warn(
             f"Merging changes {', '.join(names)}, whose weight another layer shares (tie_word_embeddings=True); both "
             "layers see the merged weight. To merge into one only, load the base model with "
@@ -87,6 +91,46 @@ def warn_about_merging_tied(names: list[str]) -> None:
             PeftWarning,
             stacklevel=3,
         )
+
+
+def part(layers: list[BaseTunerLayer], names: Iterable[str]) -> None:
+    """Give each of the layers that a merge changes a base weight of its own, where several share one.
+
+    Merged into one tensor, every layer's update would count in all of them.
+    """
+    owners: dict[int, nn.Module] = {}
+    names = set(names)
+    for layer in layers:
+        base = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        if getattr(layer, "_follows", False):  # the layer that it is tied to merges for both
+            continue
+        if type(weight) is not nn.Parameter or weight.is_meta or names.isdisjoint(layer._get_available_adapters()):
+            continue
+        owner = owners.setdefault(id(weight), base)
+        if owner is not base:
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            base.__dict__["_parted_from"] = owner
+            layer._replan()
+
+
+def rejoin(model: nn.Module, unmerged: bool = False) -> None:
+    """Let layers share a weight again that `part` parted: after unmerging all, else those whose weights are equal."""
+    parted = [module for module in model.modules() if "_parted_from" in module.__dict__]
+    for base in parted:
+        owner = base.__dict__.pop("_parted_from")
+        if unmerged or _is_same(base.weight, owner.weight):
+            base.weight = owner.weight
+    if parted:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._replan()
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of one sum."""
+    room = 8 * torch.finfo(a.dtype).eps * max(float(a.abs().max()), float(b.abs().max()))
+    return a.shape == b.shape and float((a - b).abs().max()) <= room
 
 
 def note_untied(model: nn.Module) -> None:

@@ -108,7 +108,8 @@ def calib_cov_distribution(
 ) -> None:
     """Leave `covariance_matrix` `[in, in]` on every targeted layer: the mean of Xᵀ X over forward calls.
 
-    The inputs X `[tokens, in]` of a call are divided by their largest magnitude, so that the sum does not overflow.
+    The inputs X `[tokens, in]` of a call are divided by the size of their largest entry (by their largest size where that
+    entry is zero), as the paper's code does, so that the sum does not overflow.
 
     Raises:
         ValueError: `run_model` is missing, or a layer was not called.
@@ -133,7 +134,8 @@ def calib_cov_distribution(
     def watch(layer: nn.Module) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             x = args[0].detach().flatten(0, -2).float()
-            x = x / x.abs().max().clamp_min(torch.finfo(x.dtype).tiny)
+            largest = x.max().abs()
+            x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(torch.finfo(x.dtype).tiny))
             x = x.half() if half else x
             product = x.t() @ x
             layer.covariance_matrix = product + layer.covariance_matrix if layer.sample_count else product

@@ -23,9 +23,9 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.seams import public
 
-from . import bnb, layer, weighted
+from . import bnb, layer, tied, tp_layer, weighted
 from .config import LoraConfig
-from .parameters import inject_parameters
+from .parameters import find_parameters, inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .variants.kasa import kasa_loss
 
@@ -33,7 +33,6 @@ _CONVERSIONS = "transformers.conversion_mapping"  # since transformers 5, which 
 _MAGNITUDE = "lora_magnitude_vector"
 # Options of LoraConfig whose methods are not in this package yet, with the value that leaves them off.
 _NOT_AVAILABLE = (
-    "megatron_config",
     "monteclora_config",
     "arrow_config",
 )
@@ -61,6 +60,7 @@ class LoraModel(BaseTuner):
     """
 
     prefix = "lora_"
+    supports_weight_tying = True
     tuner_layer_cls = layer.LoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -107,6 +107,15 @@ class LoraModel(BaseTuner):
     ) -> list[str]:
         return inject_parameters(self, peft_config, model, adapter_name, low_cpu_mem_usage)
 
+    def _parameter_owners(self, peft_config: LoraConfig, model: Module) -> set[str]:
+        return {path for path, _, _ in find_parameters(peft_config, model)}
+
+    def _tied_to(self, peft_config: LoraConfig, model: Module, names: list[str]) -> list[str]:
+        return tied.partners(model, peft_config, self.get_model_config(model), names)
+
+    def _tie_adapters(self, peft_config: LoraConfig, model: Module, adapter_name: str) -> None:
+        tied.tie_adapters(model, peft_config, self.get_model_config(model), adapter_name)
+
     # ---- calls -----------------------------------------------------------------------------------------------------
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -142,8 +151,9 @@ class LoraModel(BaseTuner):
     ) -> None:
         if current_key is None:
             raise ValueError("current_key must be the module's dotted name, got None.")
-        rank_key = get_pattern_key(lora_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(lora_config.alpha_pattern.keys(), current_key)
+        pattern_key = tied.leader(self.model, lora_config, self.get_model_config(self.model), current_key)
+        rank_key = get_pattern_key(lora_config.rank_pattern.keys(), pattern_key)
+        alpha_key = get_pattern_key(lora_config.alpha_pattern.keys(), pattern_key)
         kwargs = {
             "r": lora_config.rank_pattern.get(rank_key, lora_config.r),
             "lora_alpha": lora_config.alpha_pattern.get(alpha_key, lora_config.lora_alpha),
@@ -172,7 +182,12 @@ class LoraModel(BaseTuner):
             ValueError: No LoRA layer goes around this kind of module.
         """
         # looked up in their modules at each call: other packages replace them there
-        dispatchers = [bnb.dispatch_bnb_8bit, bnb.dispatch_bnb_4bit, layer.dispatch_default]
+        dispatchers = [
+            bnb.dispatch_bnb_8bit,
+            bnb.dispatch_bnb_4bit,
+            tp_layer.dispatch_megatron,
+            layer.dispatch_default,
+        ]
         if lora_config._custom_modules:
             dispatchers.insert(0, _dispatch_custom)
         for dispatch in dispatchers:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -36,19 +37,12 @@ def inject_parameters(
     targets = config.target_parameters or ()
     targeted: list[str] = []
     unused = set(targets)
-    for path, owner in list(model.named_modules()):
-        if isinstance(owner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            continue
-        plain = ".".join(part for part in path.split(".") if part != "base_layer")
-        for name, _ in list(owner.named_parameters(recurse=False)):
-            key = f"{plain}.{name}" if plain else name
-            hits = {target for target in targets if key == target or key.endswith(f".{target}")}
-            if not hits:
-                continue
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                _adapt(tuner, config, model, adapter_name, plain, name, key)
-            unused -= hits
-            targeted.append(key)
+    for path, name, hits in list(find_parameters(config, model)):
+        key = f"{path}.{name}" if path else name
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            _adapt(tuner, config, model, adapter_name, path, name, key)
+        unused -= hits
+        targeted.append(key)
     if targets and not targeted and not tuner.targeted_module_names:
         raise NoMatchingPeftModuleError(
             f"target_parameters={list(targets)!r} names no parameter of the base model, and no module is adapted either: "
@@ -61,6 +55,20 @@ def inject_parameters(
             stacklevel=3,
         )
     return targeted
+
+
+def find_parameters(config: LoraConfig, model: nn.Module) -> Iterator[tuple[str, str, set[str]]]:
+    """The parameters that `target_parameters` names: their module's name without wrappers, their own, what names them."""
+    targets = config.target_parameters or ()
+    for path, owner in model.named_modules():
+        if isinstance(owner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        plain = ".".join(part for part in path.split(".") if part != "base_layer")
+        for name, _ in owner.named_parameters(recurse=False):
+            key = f"{plain}.{name}" if plain else name
+            hits = {target for target in targets if key == target or key.endswith(f".{target}")}
+            if hits:
+                yield plain, name, hits
 
 
 def _adapt(

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peft import dora
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.warning import PeftWarning
 
 from .layer.base import LoraLayer
+from .layer.param import ParamWrapper
 from .variants.dora import DoraLinearVariant
 from .variants.mica import MiCAEmbeddingVariant, MiCALinearVariant
 
@@ -154,6 +154,11 @@ def _check(model: LoraModel, adapters: list[str], weights: list[float]) -> list[
 
 def _check_layer(name: str, layer: LoraLayer, adapters: list[str]) -> None:
     for adapter in adapters:
+        if isinstance(layer, ParamWrapper) and layer.has_adapter(adapter):
+            raise ValueError(
+                f"Adapter {adapter!r} is on the parameter {layer.parameter_name} of {name} (target_parameters), whose factors "
+                "are stacked by expert and do not combine: leave it out."
+            )
         variant = layer.lora_variant.get(adapter)
         if not isinstance(variant, (*_COMBINABLE, DoraLinearVariant)):
             raise ValueError(
@@ -195,6 +200,7 @@ def _new_config(model: LoraModel, adapters: list[str], ranks: dict[str, int]) ->
     else:
         targets = set().union(*(config.target_modules or () for config in configs))
     saved = [name for config in configs for name in config.modules_to_save or ()]
+    init = configs[0].init_lora_weights  # no other start: those change the base weight, also when the file is loaded
     return replace(
         copy.deepcopy(configs[0]),
         r=r,
@@ -205,7 +211,7 @@ def _new_config(model: LoraModel, adapters: list[str], ranks: dict[str, int]) ->
         use_rslora=False,
         use_dora=any(config.use_dora for config in configs),
         lora_bias=any(config.lora_bias for config in configs),
-        init_lora_weights=False,
+        init_lora_weights=init if init in (True, False, "gaussian") else True,
         modules_to_save=list(dict.fromkeys(saved)) or None,
         **narrowed,
     )
@@ -286,15 +292,13 @@ def _fill_magnitude(layer: LoraLayer, pairs: list[tuple[str, float]], new: str) 
     """
     if new not in layer.lora_magnitude_vector:
         return
-    weight = layer.norm_weight()
-    a, b = layer.factors(new)
-    start = dora.row_norm(weight, torch.zeros_like(a), torch.zeros_like(b), 0.0)
+    start = layer.weight_norm(None).flatten()
     total = start.clone()
     for name, share in pairs:
         if name in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[name].weight.flatten().to(start)
         else:
-            magnitude = dora.row_norm(weight, *layer.factors(name), layer.scaling[name]).to(start)
+            magnitude = layer.weight_norm(name).flatten().to(start)
         total += share * (magnitude - start)
     target = layer.lora_magnitude_vector[new].weight
     target.copy_(total.reshape(target.shape))

@@ -200,10 +200,6 @@ class LoraConfig(PeftConfig):
     def _check_dora(self) -> None:
         if self.use_dora_triton and not self.use_dora:
             raise ValueError("use_dora_triton=True needs use_dora=True: it is DoRA that the kernels compute.")
-        if self.use_dora and self.megatron_config:
-            raise ValueError("use_dora=True is not possible with megatron_config: switch one of them off.")
-        if self.use_dora and self.lora_bias:
-            raise ValueError("use_dora=True and lora_bias=True exclude one another: switch one of them off.")
 
     def _check_init(self) -> None:
         init = self.init_lora_weights

@@ -1,5 +1,5 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""LoRA on `nn.MultiheadAttention` with one packed in-projection: on that weight and on the out-projection's."""
+"""LoRA on `nn.MultiheadAttention`: on its in-projection, packed or in three weights, and on the out-projection."""
 
 from __future__ import annotations
 
@@ -12,17 +12,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft import dora
 from peft.utils.warning import PeftWarning
 
 from .linear import Linear
-from .param import ParameterLayer
+from .param import Block, ParameterLayer
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
 
+def _blocks(attention: nn.MultiheadAttention) -> tuple[Block, ...]:
+    """The weights of the in-projection; their columns are bounded on both sides."""
+    dim, kdim, vdim = attention.embed_dim, attention.kdim, attention.vdim
+    if attention._qkv_same_embed_dim:
+        return (Block("in_proj_weight", slice(0, 3 * dim), slice(0, dim)),)
+    return (
+        Block("q_proj_weight", slice(0, dim), slice(0, dim)),
+        Block("k_proj_weight", slice(dim, 2 * dim), slice(dim, dim + kdim)),
+        Block("v_proj_weight", slice(2 * dim, 3 * dim), slice(dim + kdim, dim + kdim + vdim)),
+    )
+
+
+def _with_adapter(layer: Linear, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A linear layer's weight with an adapter in it, and what the adapter adds to the bias, if anything."""
+    shift = layer.low_rank_bias(name)
+    shift = None if shift is None else layer.scaling[name] * shift
+    if name not in layer.lora_magnitude_vector:
+        return weight + layer.get_delta_weight(name).to(weight), shift
+    a, b = layer.factors(name)
+    magnitude, norm = layer.lora_magnitude_vector[name].weight, layer.dora_norm(name)
+    stack = (weight[None], a[None], b[None])
+    (adapted,) = dora.stacked_weight(*stack, magnitude=magnitude, norm=norm[None], scaling=layer.scaling[name])
+    return adapted, None if shift is None else dora.gain(magnitude, norm) * shift
+
+
 class MultiheadAttention(ParameterLayer, nn.Module):
     """LoRA on `nn.MultiheadAttention`: A `[r, dim]` and B `[3 · dim, r]` for the packed in-projection.
+
+    Where the in-projection is three weights, since keys or values have another size, A is `[r, dim + kdim + vdim]`: the A
+    of query, key and value side by side, each with its own `dim` rows of B.
 
     The out-projection becomes a `lora.Linear` of its own in the base layer. The attention computes with both weights as
     they are, so the updates are added to them while it runs.
@@ -35,11 +64,12 @@ class MultiheadAttention(ParameterLayer, nn.Module):
         lora_alpha: Numerator of its scaling.
 
     Raises:
-        ValueError: Query, key and value have different dimensions, or the config asks for a variant.
+        ValueError: The config asks for a variant other than DoRA.
         TypeError: The out-projection is not linear.
     """
 
-    parameter_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
+    frozen_biases = ("in_proj_bias",)
     # `nn.TransformerEncoderLayer` looks at it: where it is true, a fused kernel reads the weights past this layer
     _qkv_same_embed_dim = False
 
@@ -52,23 +82,20 @@ class MultiheadAttention(ParameterLayer, nn.Module):
         lora_alpha: int = 1,
         **kwargs: Any,
     ) -> None:
-        if not base_layer._qkv_same_embed_dim:
-            raise ValueError(
-                "LoRA adapts nn.MultiheadAttention with one packed in-projection, but kdim or vdim of this one differ "
-                "from embed_dim: leave it out of target_modules."
-            )
         if not isinstance(base_layer.out_proj, nn.Linear):
             raise TypeError(
                 f"out_proj of nn.MultiheadAttention must be nn.Linear, got {type(base_layer.out_proj).__name__}."
             )
         nn.Module.__init__(self)
         ParameterLayer.__init__(self, base_layer, **kwargs)
+        self.blocks = _blocks(base_layer)
+        self.parameter_name = self.blocks[0].parameter
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
         base_layer.out_proj = Linear(base_layer.out_proj, adapter_name, config=config, r=r, lora_alpha=lora_alpha)
 
     def _features(self, base_layer: nn.Module) -> tuple[int, int]:
-        return base_layer.embed_dim, 3 * base_layer.embed_dim
+        return sum(columns.stop - columns.start for _, _, columns in _blocks(base_layer)), 3 * base_layer.embed_dim
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         if config.lora_dropout:
@@ -90,9 +117,8 @@ class MultiheadAttention(ParameterLayer, nn.Module):
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`scaling · B A` of the packed in-projection, `[3 · dim, dim]`."""
-        a, b = self.factors(adapter)
-        return (b.float() @ a.float() * self.scaling[adapter]).to(b.dtype)
+        """`scaling · B A` of the in-projection, `[3 · dim, in]`, without a gain; zero where no weight is."""
+        return self.fold_delta(adapter).to(self.lora_B[adapter].weight.dtype)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -110,66 +136,23 @@ class MultiheadAttention(ParameterLayer, nn.Module):
             return self.base_layer(query, *args, **kwargs)
 
     @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        base, bias = self.get_base_layer(), self.get_base_layer().in_proj_bias
-        shifts = [self.low_rank_bias(n) * self.scaling[n] for n in active_adapters if self._has_bias(n)]
-        with super()._activate_lora(active_adapters):
-            if shifts:
-                shift = sum(shifts)
-                object.__setattr__(base, "in_proj_bias", shift if bias is None else bias + shift.to(bias))
-            try:
-                yield
-            finally:
-                if shifts:
-                    object.__delattr__(base, "in_proj_bias")
-
-    def _has_bias(self, name: str) -> bool:
-        return self.has_adapter(name) and self.low_rank_bias(name) is not None
-
-    @contextmanager
     def _activate_out_proj(self) -> Iterator[None]:
-        """Let the attention see the out-projection's weight and bias with its adapters' updates."""
+        """Let the attention see the out-projection's weight and bias with its adapters in them."""
         base, out_proj = self.get_base_layer(), self.out_proj
         names = [name for name in out_proj.active_adapters if out_proj.has_adapter(name)]
         if out_proj.disable_adapters or out_proj.merged or not names:
             yield
             return
         weight, bias = out_proj.weight, out_proj.bias
-        weight = weight + sum(out_proj.get_delta_weight(name) for name in names).to(weight)
-        shifts = [
-            out_proj.low_rank_bias(n) * out_proj.scaling[n] for n in names if out_proj.low_rank_bias(n) is not None
-        ]
-        if shifts:
-            bias = sum(shifts) if bias is None else bias + sum(shifts).to(bias)
+        for name in names:
+            weight, shift = _with_adapter(out_proj, name, weight)
+            if shift is not None:
+                bias = shift if bias is None else bias + shift.to(bias)
         object.__setattr__(base, "out_proj", SimpleNamespace(weight=weight, bias=bias))
         try:
             yield
         finally:
             object.__delattr__(base, "out_proj")
-
-    # ---- merging ---------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the packed in-projection; the out-projection is a layer of its own, with its own merge."""
-        before = len(self.merged_adapters)
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        for name in self.merged_adapters[before:]:
-            self._shift_bias(name, 1)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        for name in self.merged_adapters:
-            self._shift_bias(name, -1)
-        super().unmerge()
-
-    def _shift_bias(self, name: str, sign: int) -> None:
-        if self._has_bias(name):
-            bias = self.get_base_layer().in_proj_bias
-            bias.data.add_(self.low_rank_bias(name).to(bias), alpha=sign * self.scaling[name])
-
-    def check_mergeable(self, names: list[str]) -> None:
-        if self.get_base_layer().in_proj_bias is None and any(self._has_bias(name) for name in names):
-            raise RuntimeError("lora_bias=True cannot be merged into nn.MultiheadAttention without a bias.")
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -307,6 +307,14 @@ class LoraLayer(AdapterLayer):
         a, b = self.factors(name)
         return self.norm_cache(name).get(self.norm_weight(), a, b, self.scaling[name], self.dora_route(name))
 
+    def weight_norm(self, name: str | None) -> torch.Tensor:
+        """‖W + s·BA‖ with an adapter, or ‖W‖, by output feature; computed at each call and without gradient."""
+        weight = self.norm_weight()
+        if name is not None:
+            return dora.row_norm(weight, *self.factors(name), self.scaling[name])
+        a = torch.zeros(1, weight.shape[1], device=weight.device, dtype=torch.float32)
+        return dora.row_norm(weight, a, a.new_zeros(weight.shape[0], 1), 0.0)
+
     def norm_cache(self, name: str) -> dora.NormCache:
         cache = self._norm_caches.get(name)
         if cache is None:

@@ -16,7 +16,7 @@ from peft.utils.other import transpose
 from peft.weights import BaseWeight, find_weight
 
 from ..inits import STARTS
-from ..variants.alora import ALoraLinearVariant
+from ..variants.alora import ALoraDoraLinearVariant, ALoraLinearVariant
 from ..variants.bdlora import BdLoraLinearVariant, as_matrix
 from ..variants.dora import DoraLinearVariant
 from ..variants.kasa import KasaLinearVariant
@@ -120,6 +120,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
             ("use_bdlora",): BdLoraLinearVariant,
             ("velora_config",): VeloraLinearVariant,
             ("alora_invocation_tokens",): ALoraLinearVariant,
+            ("alora_invocation_tokens", "use_dora"): ALoraDoraLinearVariant,
         }
 
     def _create_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from peft.engine.layer import check_adapters_to_merge
+from peft import dora
+from peft.engine.machine import MergeJournal, assign
+from peft.engine.method import Folded
 
+from ..variants.dora import DoraParameterVariant
 from .base import LoraLayer
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
+    from .variant import LoraVariant
 
 # Options that have no meaning for a parameter, with the value that leaves them off.
 _REFUSED = (
     ("lora_dropout", 0.0),
     ("fan_in_fan_out", False),
-    ("use_dora", False),
     ("lora_bias", False),
     ("kasa_config", None),
     ("velora_config", None),
@@ -43,10 +46,32 @@ class _LoraParameterProxy(nn.Module):
         return W + self.delta_weight.to(W)
 
 
+class Block(NamedTuple):
+    """A parameter of the base layer, and which part of the adapter's matrices is its own.
+
+    Args:
+        parameter: Its name.
+        rows: Its output features among the adapter's.
+        columns: Its input features among the adapter's.
+    """
+
+    parameter: str
+    rows: slice = slice(None)
+    columns: slice = slice(None)
+
+
 class ParameterLayer(LoraLayer):
-    """What layers share whose adapters change one parameter of the base layer while it runs."""
+    """What layers share whose adapters change parameters of the base layer while it runs.
+
+    To an adapter the parameters are one stack of matrices `[n, out, in]`: a single parameter, whose first dimension may
+    count experts, or `blocks` of one matrix, which is zero outside them.
+    """
 
     parameter_name: str
+    num_experts = 1
+    dora_kind = "parameter"
+    blocks: tuple[Block, ...]
+    bias_name: str | None = None  # the parameter that holds the bias of all output features
 
     def get_param(self) -> torch.Tensor:
         """The parameter, without adapters."""
@@ -56,45 +81,142 @@ class ParameterLayer(LoraLayer):
     def weight(self) -> torch.Tensor:
         return self.get_param()
 
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
+        return {(): None, ("use_dora",): DoraParameterVariant}
+
+    # ---- the stack of matrices -------------------------------------------------------------------------------------
+    def _stored(self, block: Block) -> torch.Tensor:
+        """A parameter as `[n, out, in]`."""
+        parameter = self.get_base_layer()._parameters[block.parameter]
+        return parameter.reshape(self.num_experts, *parameter.shape[-2:])
+
+    def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """B `[n, out, r]`, A `[n, r, in]` and the scaling, such that scaling · B A is what is added."""
+        a, b = self.factors(adapter_name)
+        return b.unsqueeze(0), a.unsqueeze(0), self.scaling[adapter_name]
+
+    def _block_factors(self, name: str, block: Block) -> tuple[torch.Tensor, torch.Tensor, float]:
+        b, a, scaling = self.get_delta_factors(name)
+        return b[:, block.rows], a[:, :, block.columns], scaling
+
+    def weight_norm(self, name: str | None) -> torch.Tensor:
+        norms = []
+        for block in self.blocks:
+            stored = self._stored(block)
+            if name is None:
+                zero = stored.new_zeros(())
+                b, a, scaling = zero.expand(*stored.shape[:2], 1), zero.expand(len(stored), 1, stored.shape[2]), 0.0
+            else:
+                b, a, scaling = self._block_factors(name, block)
+            norms.append(dora.stacked_norm(stored, a, b, scaling))
+        return torch.cat(norms, dim=1)
+
+    def dora_norm(self, name: str) -> torch.Tensor:
+        return self.weight_norm(name).flatten()
+
+    def dora_route(self, name: str) -> dora.Route:
+        """PyTorch, as the module makes its products itself."""
+        weight = self.get_base_layer()._parameters[self.blocks[0].parameter]
+        want = self._use_dora_triton.get(name, False)
+        return dora.plan(device=weight.device, dtype=weight.dtype, want_triton=want, kind=self.dora_kind)
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """Let the module see the parameter with the named adapters' updates, for as long as the context is open."""
+        """Let the module see its parameters with the named adapters in them, for as long as the context is open."""
         names = [name for name in active_adapters if self.has_adapter(name)]
-        if not names:
-            yield
-            return
-        module, parameter = self.get_base_layer(), self.get_param()
-        delta = sum(self.get_delta_weight(name) for name in names)
-        order = list(module._parameters)
-        del module._parameters[self.parameter_name]
-        object.__setattr__(module, self.parameter_name, _LoraParameterProxy(delta)(parameter))
+        module = self.get_base_layer()
+        shown = self._adapted_parameters(names) if names else {}
+        for parameter, value in shown.items():  # an entry of the instance hides the parameter of that name
+            object.__setattr__(module, parameter, value)
         try:
             yield
         finally:
-            object.__delattr__(module, self.parameter_name)
-            module._parameters[self.parameter_name] = parameter
-            for name in order:  # the order of a model's parameters is part of optimizers' states
-                module._parameters[name] = module._parameters.pop(name)
+            for parameter in shown:
+                object.__delattr__(module, parameter)
 
-    # ---- merging ---------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+    def _adapted_parameters(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """The base layer's parameters with adapters in them, one after the other."""
+        parameters = self.get_base_layer()._parameters
+        shown = {block.parameter: parameters[block.parameter] for block in self.blocks}
+        bias = None if self.bias_name is None else parameters[self.bias_name]
+        shifted = False
         for name in names:
-            merged = self.get_param() + self.get_delta_weight(name).to(self.get_param())
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(
-                    f"Merging adapter {name!r} gives values of {self.parameter_name} that are not finite (NaN or "
-                    "infinity); the parameter was left as it is."
-                )
-            self.get_param().data.copy_(merged)
-            self.merged_adapters = [*self.merged_adapters, name]
+            norm = self.weight_norm(name) if name in self.lora_magnitude_vector else None
+            for block in self.blocks:
+                shown[block.parameter] = self._with_adapter(name, block, shown[block.parameter], norm)
+            shift = self.low_rank_bias(name)
+            if shift is not None:
+                shift = self.scaling[name] * shift
+                if norm is not None:
+                    shift = dora.gain(self.lora_magnitude_vector[name].weight, norm.flatten()) * shift
+                bias, shifted = (shift if bias is None else bias + shift.to(bias)), True
+        return {**shown, self.bias_name: bias} if shifted else shown
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        for name in reversed(self.merged_adapters):
-            self.get_param().data.sub_(self.get_delta_weight(name).to(self.get_param()))
-        self.merged_adapters = []
+    def _with_adapter(self, name: str, block: Block, weight: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        if norm is None:
+            delta = self.get_delta_weight(name) if len(self.blocks) == 1 else self._block_delta(name, block)
+            return _LoraParameterProxy(delta)(weight)
+        b, a, scaling = self._block_factors(name, block)
+        magnitude = self.lora_magnitude_vector[name].weight.reshape(norm.shape)[:, block.rows]
+        return dora.stacked_weight(
+            weight.reshape(self.num_experts, *weight.shape[-2:]),
+            a,
+            b,
+            magnitude=magnitude,
+            norm=norm[:, block.rows],
+            scaling=scaling,
+        ).reshape(weight.shape)
+
+    def _block_delta(self, name: str, block: Block) -> torch.Tensor:
+        b, a, scaling = self._block_factors(name, block)
+        wide = torch.float64 if b.dtype == torch.float64 else torch.float32
+        return (
+            ((b.to(wide) @ a.to(wide)) * scaling)
+            .to(b.dtype)
+            .reshape(self.get_base_layer()._parameters[block.parameter].shape)
+        )
+
+    # ---- merging: one matrix of all rows, `[n · out, in]`, zero outside the blocks ------------------------------------
+    def fold_delta(self, name: str) -> torch.Tensor:
+        return self._as_matrix({block.parameter: self._block_delta(name, block) for block in self.blocks})
+
+    def low_rank_delta(self, name: str) -> torch.Tensor:
+        return self.fold_delta(name)
+
+    def _as_matrix(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        first = next(iter(tensors.values()))
+        wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+        if len(self.blocks) == 1:
+            return first.to(wide).flatten(0, -2)
+        matrix = torch.zeros(self.out_features, self.in_features, dtype=wide, device=first.device)
+        for block in self.blocks:
+            matrix[block.rows, block.columns] = tensors[block.parameter].to(wide)
+        return matrix
+
+    def _read_base(self) -> Folded:
+        parameters = self.get_base_layer()._parameters
+        matrix = self._as_matrix({block.parameter: parameters[block.parameter].detach() for block in self.blocks})
+        bias = None if self.bias_name is None else parameters[self.bias_name]
+        return Folded(matrix, None if bias is None else bias.detach().to(matrix.dtype))
+
+    def _write_base(self, folded: Folded, journal: MergeJournal) -> None:
+        parameters = self.get_base_layer()._parameters
+        for block in self.blocks:
+            target = parameters[block.parameter]
+            assign(target, folded.weight[block.rows, block.columns].reshape(target.shape))
+        if folded.bias is not None:
+            if journal.bias is None:
+                journal.bias = parameters[self.bias_name].detach().clone()
+            assign(parameters[self.bias_name], folded.bias)
+
+    def _restore_base(self, journal: MergeJournal) -> None:
+        original = self._original_base(self._read_base(), journal)
+        self._write_base(Folded(original.weight, journal.bias), journal)
+
+    def _snapshot(self) -> None:
+        return None
 
 
 class ParamWrapper(ParameterLayer, nn.Module):
@@ -114,7 +236,7 @@ class ParamWrapper(ParameterLayer, nn.Module):
 
     Raises:
         ValueError: The module has no such parameter, it has neither 2 nor 3 dimensions, or the config asks for dropout,
-            `fan_in_fan_out`, `lora_bias` or a variant.
+            `fan_in_fan_out`, `lora_bias` or a variant other than DoRA.
     """
 
     def __init__(
@@ -131,6 +253,7 @@ class ParamWrapper(ParameterLayer, nn.Module):
         nn.Module.__init__(self)
         self.parameter_name = parameter_name
         LoraLayer.__init__(self, base_layer, **kwargs)
+        self.blocks = (Block(parameter_name),)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
@@ -167,12 +290,8 @@ class ParamWrapper(ParameterLayer, nn.Module):
         return b, a, self.scaling[adapter_name]
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`scaling · B A` of every expert, in the parameter's shape."""
-        b, a, scaling = self.get_delta_factors(adapter_name)
-        dtype = b.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            a, b = a.float(), b.float()
-        return ((b @ a) * scaling).to(dtype).reshape(self.get_param().shape)
+        """`scaling · B A` of every expert, in the parameter's shape; without a gain where the adapter is DoRA."""
+        return self._block_delta(adapter_name, self.blocks[0])
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 
 from .additive import AdditiveVariant
 from .alora import (
+    ALoraDoraLinearVariant,
     ALoraLinearVariant,
     calculate_alora_offsets,
     get_alora_offsets_for_forward,
@@ -16,6 +17,7 @@ from .dora import (
     DoraConv3dVariant,
     DoraEmbeddingVariant,
     DoraLinearVariant,
+    DoraParameterVariant,
     _DoraConvNdVariant,
 )
 from .kasa import KasaLinearVariant
@@ -24,6 +26,7 @@ from .qalora import QALoraLinearVariant
 from .velora import VeloraLinearVariant
 
 __all__ = [
+    "ALoraDoraLinearVariant",
     "ALoraLinearVariant",
     "AdditiveVariant",
     "BdLoraLinearVariant",
@@ -33,6 +36,7 @@ __all__ = [
     "DoraConv3dVariant",
     "DoraEmbeddingVariant",
     "DoraLinearVariant",
+    "DoraParameterVariant",
     "KasaLinearVariant",
     "MiCAEmbeddingVariant",
     "MiCALinearVariant",

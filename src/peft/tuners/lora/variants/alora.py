@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..method import LORA
 from .additive import AdditiveVariant
+from .dora import DoraLinearVariant
 
 if TYPE_CHECKING:
     from peft.config import PeftConfig
+    from peft.engine.method import Method
 
     from ..layer.base import LoraLayer
 
 
 class ALoraLinearVariant(AdditiveVariant):
     """aLoRA on linear layers: of each row, the last `alora_offsets[row]` tokens get the adapter's update."""
+
+    refusal = NotImplementedError
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -49,19 +54,48 @@ class ALoraLinearVariant(AdditiveVariant):
         Raises:
             ValueError: The input is not a batch of sequences, or the offsets are not one a row.
         """
-        offsets = kwargs.get("alora_offsets", module.__dict__.get("_alora_offsets"))
-        if offsets is None:
-            return result
-        if x.dim() != 3 or len(offsets) != x.shape[0]:
-            raise ValueError(
-                f"alora_offsets has {len(offsets)} entries for an input {list(x.shape)}: an aLoRA adapter needs inputs "
-                "[batch, length, features] and one offset a row."
-            )
-        length = x.shape[1]
-        first = torch.tensor([length - min(offset or 0, length) for offset in offsets], device=x.device)
-        acts = torch.arange(length, device=x.device) >= first[:, None]  # [batch, length]
-        update = module.low_rank(active_adapter, x) * module.scaling[active_adapter]
-        return torch.where(acts.unsqueeze(-1), result + update, result)
+        return _from_invocation(LORA, module, active_adapter, x, result, kwargs)
+
+
+class ALoraDoraLinearVariant(ALoraLinearVariant):
+    """aLoRA whose update is DoRA's: the adapter's tokens get the gain too, the others the base layer's output."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        """Make the magnitude."""
+        DoraLinearVariant.init(module, adapter_name, config)
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        return _from_invocation(_DORA, module, active_adapter, x, result, kwargs)
+
+
+_DORA = DoraLinearVariant()
+
+
+def _from_invocation(
+    method: Method,
+    module: LoraLayer,
+    active_adapter: str,
+    x: torch.Tensor,
+    result: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """What a method gives for the tokens from the invocation on, `result` for those before."""
+    offsets = kwargs.get("alora_offsets", module.__dict__.get("_alora_offsets"))
+    if offsets is None:
+        return result
+    if x.dim() != 3 or len(offsets) != x.shape[0]:
+        raise ValueError(
+            f"alora_offsets has {len(offsets)} entries for an input {list(x.shape)}: an aLoRA adapter needs inputs "
+            "[batch, length, features] and one offset a row."
+        )
+    length = x.shape[1]
+    first = torch.tensor([length - min(offset or 0, length) for offset in offsets], device=x.device)
+    acts = torch.arange(length, device=x.device) >= first[:, None]  # [batch, length]
+    return torch.where(acts.unsqueeze(-1), method.apply(module, active_adapter, x, result), result)
 
 
 def calculate_alora_offsets(

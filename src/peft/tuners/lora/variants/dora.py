@@ -177,3 +177,19 @@ class DoraConv3dVariant(_DoraConvNdVariant):
     """DoRA on `nn.Conv3d`."""
 
     holder = DoraConv3dLayer
+
+
+class DoraParameterVariant(DoraLinearVariant):
+    """DoRA on bare parameters: one gain for each row of each matrix."""
+
+    @classmethod
+    def init(cls, module: LoraLayer, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
+        """Make the magnitude `[n, out]`, `[out]` for one matrix, equal to the norm of the weight with the adapter."""
+        holder = cls.holder(fan_in_fan_out=False)
+        like = module.factors(adapter_name)[0]
+        if like.is_meta or module.weight.is_meta:
+            norm = torch.empty(module.num_experts, module.out_features, device="meta", dtype=like.dtype)
+        else:
+            norm = module.weight_norm(adapter_name).to(device=like.device, dtype=like.dtype)
+        holder.set_magnitude(norm if len(norm) > 1 else norm[0])
+        module.lora_magnitude_vector[adapter_name] = holder

@@ -1,0 +1,128 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Recipes that show upstream's faults in the rest of the LoRA family: starts, attention, tied and repeated layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from options import base_and_input
+from recipes import adapted, evaluated, fill, recipe, row_of
+
+import peft
+
+
+def _of_base(name: str, filled: bool = True, **options: Any) -> tuple[Any, torch.Tensor]:
+    """A model of `options.BASES` with an adapter, and an input."""
+    base, x = base_and_input(name)
+    torch.manual_seed(7)
+    model = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **options}))
+    if filled:
+        fill(model)
+    return model, x
+
+
+def _change(model: Any, x: torch.Tensor) -> float:
+    """The largest change that merging makes, in parts of the largest output."""
+    with evaluated(model):
+        before, after = model(x), None
+        model.merge_adapter()
+        after = model(x)
+        if not isinstance(before, torch.Tensor):
+            before, after = before.logits, after.logits
+        return ((after - before).abs().max() / before.abs().max()).item()
+
+
+@recipe
+def olora_on_conv1d() -> float:
+    """How far the output is from the base's when OLoRA starts on a Conv1D that is not square."""
+    row = row_of("transformers_conv1d", "fp32", "lora")
+    x = row.layer.input(row.form)
+    expected = row.layer.model(row.form)(x)
+    return (adapted(row, filled=False, init_lora_weights="olora")(x) - expected).abs().max().item()
+
+
+@recipe
+def attention_keeps_its_bits(passes: int = 4) -> bool:
+    """Whether the packed weight of an attention is bit for bit the same after some forward passes."""
+    model, x = _of_base("attention", target_modules=["attention"])
+    weight = model.base_model.model.attention.get_base_layer().in_proj_weight
+    before = weight.detach().clone()
+    with evaluated(model):
+        for _ in range(passes):
+            model(x)
+    return torch.equal(model.base_model.model.attention.get_base_layer().in_proj_weight, before)
+
+
+@recipe
+def attention_counts_once() -> float:
+    """How far an attention with an adapter is from one whose weights have both updates in them, once."""
+    model, x = _of_base("attention", target_modules=["attention"])
+    plain, _ = base_and_input("attention")
+    layer = model.base_model.model.attention
+    with evaluated(model):
+        plain.attention.in_proj_weight.add_(layer.get_delta_weight("default"))
+        plain.attention.out_proj.weight.add_(layer.base_layer.out_proj.get_delta_weight("default"))
+        return (model(x) - plain(x)).abs().max().item()
+
+
+@recipe
+def change_by_merging_shared(kind: str, **options: Any) -> float:
+    """The change that merging makes where layers share their weights: repeated ones, or tied ones."""
+    return _change(*_of_base("llama" if kind == "replication" else "llama-tied", task_type="CAUSAL_LM", **options))
+
+
+@recipe
+def tied_after_a_move() -> bool:
+    """Whether adapters of tied layers are still one after the model was moved to another dtype."""
+    model, _ = _of_base("llama-tied", task_type="CAUSAL_LM", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = model.double()
+    embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+    with torch.no_grad():
+        embedding.lora_embedding_B["default"].add_(1)
+    return torch.equal(embedding.lora_embedding_B["default"].t(), head.lora_A["default"].weight)
+
+
+def _block_diagonal(base: str, **options: Any) -> Any:
+    blocks = peft.BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2)
+    return _of_base(base, target_modules=["first", "second"], use_bdlora=blocks, **options)[0]
+
+
+@recipe
+def block_diagonal_delta() -> list[int]:
+    """The shape of the update by a block-diagonal A on a layer `[128, 64]`."""
+    return list(_block_diagonal("two").base_model.model.first.get_delta_weight("default").shape)
+
+
+@recipe
+def block_diagonal_random() -> bool:
+    """Whether a block-diagonal B starts at random where init_lora_weights=False."""
+    model = _block_diagonal("two", filled=False, init_lora_weights=False)
+    return bool((model.base_model.model.second.lora_B["default"].weight != 0).all())
+
+
+@recipe
+def block_diagonal_on_four_bits() -> list[int]:
+    """The shape of a block-diagonal A on a 4-bit layer of 64 input features, in two blocks."""
+    return list(_block_diagonal("two-nf4").base_model.model.first.lora_A["default"].weight.shape)
+
+
+@recipe
+def kasa_on_four_bits() -> bool:
+    """Whether KaSA's diagonal is there on 4-bit layers."""
+    model, _ = _of_base("two-nf4", target_modules=["first"], kasa_config=peft.KasaConfig())
+    return any("lora_diag" in name for name, _ in model.named_parameters())
+
+
+@recipe
+def embedding_by_lorafa() -> bool:
+    """Whether LoRA-FA trains a fresh adapter of an embedding, whose A starts at zero."""
+    from peft.optimizers import create_lorafa_optimizer
+
+    model, x = _of_base("embedded", filled=False, target_modules=["0", "1"])
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=6, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    return bool((model.base_model.model[0].get_delta_weight("default") != 0).any())

@@ -1,0 +1,319 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Every option of `LoraConfig` that changes what an adapter is: the base it goes on, its config, what comes before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import models
+import torch
+from torch import nn
+
+import cases
+import peft
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig
+
+_IDS = torch.tensor([[5, 3, 9, 1, 7, 2], [4, 4, 8, 30, 6, 2]])
+
+
+# ---- bases -----------------------------------------------------------------------------------------------------------
+class Two(nn.Module):
+    """Two linear layers, plain or 4-bit, whose inputs and outputs are in groups that differ in strength."""
+
+    def __init__(self, form: str = "fp32") -> None:
+        super().__init__()
+        if form == "nf4":
+            import bitsandbytes as bnb
+
+            # multiples of 64, the size of a block: on some CPUs bitsandbytes packs weights anew for inference
+            sizes = {"compute_dtype": torch.float32, "quant_type": "nf4"}
+            self.first = bnb.nn.Linear4bit(64, 128, **sizes)
+            self.second = bnb.nn.Linear4bit(128, 64, **sizes)
+            self.is_loaded_in_4bit = True
+        else:
+            self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
+        self.register_buffer("strength", torch.linspace(2, 0.2, 64), persistent=False)
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x * self.strength)))
+
+
+class Experts(nn.Module):
+    """A module whose weights are bare parameters of two and three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 12, 8) / 3)
+        self.down = nn.Parameter(torch.randn(3, 8, 12) / 3)
+        self.mix = nn.Parameter(torch.randn(10, 8) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(torch.einsum("...i,eoi->...eo", x, self.up))
+        return torch.einsum("...ei,eoi->...o", hidden, self.down) @ self.mix.t()
+
+
+class Mixture(nn.Module):
+    """Experts between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts, self.last = nn.Linear(64, 8), Experts(), nn.Linear(10, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.experts(self.first(x)))
+
+
+class Attention(nn.Module):
+    """Self-attention with a packed in-projection, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+def _embedded() -> nn.Module:
+    return nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 12))
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "two": Two,
+    "two-nf4": lambda: Two("nf4"),
+    "two-conv1d": lambda: nn.Sequential(nn.Linear(64, 10), cases.LAYERS["transformers_conv1d"].build()),
+    "convolved": lambda: nn.Sequential(nn.Unflatten(-1, (4, 4, 4)), nn.Conv2d(4, 6, 3)),
+    "embedded": _embedded,
+    "mixture": Mixture,
+    "attention": Attention,
+    "llama": models.BASES["llama"],
+    "llama-tied": models.BASES["llama-tied"],
+}
+
+
+def base_and_input(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A base model, the same one each time, and an input: token ids, or `[2, 5, 64]`."""
+    torch.manual_seed(0)
+    base = BASES[name]().eval()
+    if name.endswith("nf4"):
+        base = base.to("cpu")  # which is when bitsandbytes quantises
+    if name.startswith(("llama", "embedded")):
+        return base, _IDS
+    shape = (6, 64) if name == "convolved" else (2, 5, 64)
+    return base, torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+# ---- what comes before and after the adapter is made -----------------------------------------------------------------
+def _corda(base: nn.Module, config: LoraConfig, x: torch.Tensor) -> None:
+    from peft.tuners.lora.corda import preprocess_corda
+
+    generator = torch.Generator().manual_seed(2)
+    batches = torch.randn(4, 1, 200, 64, generator=generator)
+    preprocess_corda(base, config, run_model=lambda: [base(batch) for batch in batches])
+
+
+def _lora_ga(base: nn.Module, config: LoraConfig, x: torch.Tensor) -> None:
+    from peft.tuners.lora import preprocess_loraga
+
+    preprocess_loraga(base, config, lambda: base(x).square().sum().backward())
+
+
+def _eva(model: nn.Module, x: torch.Tensor) -> None:
+    peft.initialize_lora_eva_weights(
+        model,
+        [x + step for step in (0.0, 0.1, 0.2)],
+        forward_fn=lambda module, inputs: module(inputs),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda inputs, *_: (inputs[0] if isinstance(inputs, tuple) else inputs).flatten(0, -2),
+        show_progress_bar=False,
+    )
+
+
+@dataclass(frozen=True)
+class Option:
+    """A base and the config that goes on it.
+
+    Args:
+        base: Key of `BASES`.
+        options: Arguments of the `LoraConfig`.
+        before: Called with the base, the config and an input before the adapter is made.
+        after: Called with the model and an input afterwards.
+        drawn: Whether the start draws random numbers that upstream draws otherwise: no numbers are compared.
+        signs: Whether the start is made of singular vectors, whose signs nobody chooses.
+        room: By how much products BA of the start may differ, in parts of the largest, where they come from an
+            iteration or a decomposition of something ill-conditioned; factors alone differ by 100 times as much.
+        low_cpu_mem: Whether loading onto meta starts from the same numbers.
+        merges: Whether the adapter can be merged.
+        refused: Name of the error that both sides raise when the adapter is made.
+        there: Name of the error that upstream alone raises.
+        trains_there: Whether upstream's adapter can be trained on a CPU after its start.
+        wrong: Parts of the results that upstream gets wrong, each with a test in test_faults.py.
+    """
+
+    base: str
+    options: dict[str, Any]
+    before: Callable[[nn.Module, LoraConfig, torch.Tensor], None] | None = None
+    after: Callable[[nn.Module, torch.Tensor], None] | None = None
+    drawn: bool = False
+    signs: bool = False
+    room: float = 0.0
+    low_cpu_mem: bool = True
+    merges: bool = True
+    refused: str = ""
+    there: str = ""
+    trains_there: bool = True
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def quantised(self) -> bool:
+        return self.base.endswith("nf4")
+
+    def config(self) -> LoraConfig:
+        defaults = {"r": 4, "lora_alpha": 6}
+        if self.base.startswith("llama"):
+            defaults |= {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+        return LoraConfig(**{**defaults, **self.options})
+
+
+def _two(_base: str = "two", _facts: dict[str, Any] | None = None, **options: Any) -> Option:
+    return Option(_base, {"target_modules": ["first", "second"], **options}, **(_facts or {}))
+
+
+def _each_base(name: str, there: str = "", _facts: dict[str, Any] | None = None, **options: Any) -> dict[str, Option]:
+    """An option on plain layers, and on NF4 layers, where upstream may refuse it."""
+    facts = _facts or {}
+    quantised = {**facts, "there": there} if there else facts
+    return {name: _two("two", facts, **options), f"{name}-nf4": _two("two-nf4", quantised, **options)}
+
+
+_BD = {"target_modules_bd_a": ["first"], "target_modules_bd_b": ["second"], "nblocks": 2}
+_TOKENS = [1, 5, 30]
+_SIGNS: dict[str, Any] = {"signs": True}
+_EVA: dict[str, Any] = {"signs": True, "after": _eva, "room": 0.0005}
+_CORDA: dict[str, Any] = {"signs": True, "before": _corda, "room": 0.002}
+_GA: dict[str, Any] = {"signs": True, "before": _lora_ga, "room": 1e-5, "low_cpu_mem": False}
+# The release adds the update of the out-projection twice, and draws its start twice.
+_TWICE: dict[str, Any] = {"drawn": True, "wrong": ("y", "grads", "eval", "merged", "unmerged", "unloaded")}
+# Its get_delta_weight of a block-diagonal factor has another shape than the weight, or raises.
+_SHAPELESS: dict[str, Any] = {"wrong": ("products",)}
+# It writes the name of the embedding that the named layer is tied to.
+_RENAMED: dict[str, Any] = {"wrong": ("modules_to_save",)}
+STARTS: dict[str, Option] = {
+    **_each_base("pissa", "TypeError", _SIGNS, init_lora_weights="pissa"),
+    "pissa-niter": _two("two", {"drawn": True}, init_lora_weights="pissa_niter_4"),
+    **_each_base("olora", "", _SIGNS, init_lora_weights="olora"),
+    **_each_base("orthogonal", "RuntimeError", {"drawn": True}, init_lora_weights="orthogonal"),
+    **_each_base("mica", "TypeError", _SIGNS, init_lora_weights="mica"),
+    **_each_base("random", init_lora_weights=False),
+    **_each_base("gaussian", init_lora_weights="gaussian"),
+    "pissa-rslora": _two("two", _SIGNS, init_lora_weights="pissa", use_rslora=True),
+    "pissa-dora": _two("two", _SIGNS, init_lora_weights="pissa", use_dora=True),
+    "olora-dora": _two("two", _SIGNS, init_lora_weights="olora", use_dora=True),
+    "orthogonal-odd": _two("two", {"refused": "ValueError"}, init_lora_weights="orthogonal", r=3),
+    "mica-dora": _two("two", {"refused": "ValueError"}, init_lora_weights="mica", use_dora=True),
+    "eva": _two("two", _EVA, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)),
+    "eva-nf4": _two(
+        "two-nf4", {**_EVA, "trains_there": False}, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)
+    ),
+    "eva-rho1": _two("two", _EVA, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0)),
+    "eva-whiten": _two(
+        "two", _EVA, init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.0, whiten=True, adjust_scaling_factors=False),
+    ),
+    **{
+        f"corda-{method}": _two(
+            "two", _CORDA, init_lora_weights="corda", corda_config=CordaConfig(corda_method=method)
+        )
+        for method in ("ipm", "kpm")
+    },
+    **{
+        f"loraga-{direction}-{scale}": _two(
+            "two", {**_GA, "drawn": scale == "weight_svd"}, init_lora_weights="lora_ga",
+            lora_ga_config=peft.LoraGAConfig(direction=direction, scale=scale),
+        )
+        for direction, scale in (
+            ("ArBr", "stable"), ("A2rBr", "unit"), ("ArB2r", "gd_scale"), ("ArB2r", "weight_svd"),
+        )
+    },
+    "gaussian-embedding": Option("embedded", {"target_modules": ["0", "1"], "init_lora_weights": "gaussian"}),
+    "mica-embedding": Option("embedded", {"target_modules": ["0"], "init_lora_weights": "mica"}, signs=True),
+    "pissa-conv1d": Option(
+        "two-conv1d", {"target_modules": ["1"], "fan_in_fan_out": True, "init_lora_weights": "pissa"}, signs=True
+    ),
+}  # fmt: skip
+VARIANTS: dict[str, Option] = {
+    **_each_base("rslora", use_rslora=True),
+    **_each_base("patterns", rank_pattern={"first": 2}, alpha_pattern={"second": 11}),
+    **_each_base("bias-lora-only", bias="lora_only"),
+    **_each_base("dropout", lora_dropout=0.3),
+    "lora-bias": _two(target_modules=["first"], lora_bias=True, init_lora_weights=False),
+    "lora-bias-nf4": _two("two-nf4", {"wrong": ("merged",)}, target_modules=["first"], lora_bias=True),
+    "conv-lora-bias": Option("convolved", {"target_modules": ["1"], "lora_bias": True}),
+    "kasa": _two(kasa_config=peft.KasaConfig(beta=0.1, gamma=0.2)),
+    "bdlora": _two("two", _SHAPELESS, use_bdlora=peft.BdLoraConfig(**_BD)),
+    "bdlora-loose": _two(
+        "two", _SHAPELESS, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["second"], nblocks=4, match_strict=False)
+    ),
+    "bdlora-strict": _two("two", {"refused": "ValueError"}, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["first"])),
+    **{
+        f"velora-{start}": _two(velora_config=peft.VeloraConfig(num_groups=8, init_type=start, scale=0.5))
+        for start in ("batch_average", "batch_average_once", "random")
+    },
+    "velora-nf4": _two("two-nf4", {"there": "ValueError"}, velora_config=peft.VeloraConfig(num_groups=8)),
+    "alora": Option("llama", {"alora_invocation_tokens": [9, 1]}, merges=False),
+    "alora-absent": Option("llama", {"alora_invocation_tokens": [17]}, merges=False),
+}  # fmt: skip
+# Its merges go into weights that several layers share.
+_SHARED: dict[str, Any] = {"wrong": ("merged", "unmerged", "unloaded")}
+# Its tied factors are parameters of their own in one memory, counted and stepped twice, and merged twice.
+_TIED: dict[str, Any] = {
+    "wrong": ("counts", "parameters", "grads", "merged", "unmerged", "unloaded", "target_modules"),
+}
+TARGETS: dict[str, Option] = {
+    "replication": Option("llama", {"layer_replication": [(0, 2), (1, 3)]}, **_SHARED),
+    "replication-dora": Option("llama", {"layer_replication": [(0, 2), (0, 3)], "use_dora": True}, **_SHARED),
+    "tokens": Option("llama", {"trainable_token_indices": _TOKENS}),
+    "tokens-named": Option("llama", {"trainable_token_indices": {"embed_tokens": _TOKENS}}),
+    "tokens-alone": Option(
+        "llama", {"target_modules": [], "trainable_token_indices": _TOKENS}, there="NoMatchingPeftModuleError"
+    ),
+    "tokens-tied": Option("llama-tied", {"trainable_token_indices": _TOKENS}),
+    "tokens-tied-dora": Option("llama-tied", {"trainable_token_indices": _TOKENS, "use_dora": True}),
+    "tokens-both": Option("llama", {"trainable_token_indices": {"embed_tokens": _TOKENS, "lm_head": [2]}}),
+    "tied-saved": Option(
+        "llama-tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, **_RENAMED
+    ),
+    "tied-head-saved": Option(
+        "llama-tied", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, **_RENAMED
+    ),
+    **{
+        f"tied-adapted-{name}{'-dora' * dora}": Option(
+            "llama-tied",
+            {"target_modules": ["q_proj", name], "ensure_weight_tying": True, "use_dora": dora},
+            **_TIED,
+        )
+        for name in ("embed_tokens", "lm_head")
+        for dora in (False, True)
+    },
+    "parameters": Option("mixture", {"target_modules": [], "target_parameters": ["experts.up"]}),
+    "parameters-all": Option(
+        "mixture", {"target_modules": ["last"], "target_parameters": ["experts.up", "experts.down", "experts.mix"]}
+    ),
+    "parameters-patterns": Option(
+        "mixture",
+        {
+            "target_modules": [], "target_parameters": ["experts.up", "experts.down"], "rank_pattern": {"experts.up": 2},
+            "alpha_pattern": {"experts.down": 9}, "use_rslora": True,
+        },
+    ),
+    "parameters-random": Option(
+        "mixture", {"target_modules": [], "target_parameters": ["experts.down"], "init_lora_weights": False}
+    ),
+    "attention": Option("attention", {"target_modules": ["attention"]}, **_TWICE),
+    "attention-and-head": Option("attention", {"target_modules": ["attention", "head"], "use_rslora": True}, **_TWICE),
+}  # fmt: skip
+OPTIONS: dict[str, Option] = {**STARTS, **VARIANTS, **TARGETS}

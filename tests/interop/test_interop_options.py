@@ -1,0 +1,150 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Every option of `LoraConfig` on both sides: what an adapter starts as, computes and saves, and that it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import option_recipes  # noqa: F401  registers its recipes
+import pytest
+import recipes
+import torch
+from compare import DEEP, assert_equal, assert_equal_grads, saved_facts
+from options import OPTIONS, Option
+from peer import Peer, PeerError
+
+pytestmark = pytest.mark.interop
+every_option = pytest.mark.parametrize("name", OPTIONS)
+made_here = pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if not option.refused])
+STATES = ("y", "eval", "disabled", "merged", "unmerged", "unloaded")
+
+
+def coarse(option: Option, state: str = "eval") -> torch.dtype:
+    """On some CPUs bitsandbytes computes in bfloat16 where nothing is trained."""
+    return torch.bfloat16 if option.quantised and state != "y" else torch.float32
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
+    return {name: [list(tensor.shape), tensor.dtype] for name, tensor in tensors.items()}
+
+
+def adapter_alone(option: Option, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without base embeddings where upstream names other targets, by which it decides whether to save them."""
+    if "target_modules" not in option.wrong:
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
+
+
+def there(peer: Peer, option: Option, recipe: str, **arguments: Any) -> Any:
+    """What upstream makes of it; None where it must refuse, and does."""
+    refusal = option.there or ("RuntimeError" if recipe == "option_trained" and not option.trains_there else "")
+    if not refusal:
+        return peer.run(recipe, **arguments)
+    with pytest.raises(PeerError) as raised:
+        peer.run(recipe, **arguments)
+    assert raised.value.kind == refusal, raised.value
+    return None
+
+
+@every_option
+def test_start(name: str, peer: Peer) -> None:
+    option = OPTIONS[name]
+    if option.refused:
+        for run in (recipes.run, peer.run):
+            with pytest.raises((PeerError, TypeError, ValueError)) as raised:
+                run("option_started", name=name)
+            assert getattr(raised.value, "kind", type(raised.value).__name__) == option.refused
+        return
+    ours, theirs = recipes.run("option_started", name=name), there(peer, option, "option_started", name=name)
+    assert torch.isfinite(ours["y"]).all()
+    if theirs is None:
+        return
+    for part in {"layers", "ranks", "frozen", "counts"}.difference(option.wrong):
+        assert_equal(ours[part], theirs[part], part)
+    common = ours["parameters"].keys() & theirs["parameters"].keys() if "parameters" in option.wrong else None
+    for side in (ours, theirs) if common is not None else ():
+        side["parameters"] = {key: side["parameters"][key] for key in common}
+    assert shapes(ours["parameters"]) == shapes(theirs["parameters"])
+    assert_equal(ours["y"], theirs["y"], "output", loose=coarse(option), ulps=8 * DEEP)
+    if option.drawn or "parameters" in option.wrong:
+        return
+    eps = torch.finfo(torch.float32).eps
+    ulps, factor_ulps = max(DEEP, option.room / eps), max(DEEP, 100 * option.room / eps)
+    sides = [side["parameters"] for side in (ours, theirs)]
+    if option.signs:
+        sides = [{key: tensor.abs() for key, tensor in side.items()} for side in sides]
+    assert_equal(*sides, "parameters", ulps=factor_ulps)
+    if "products" not in option.wrong:
+        assert_equal(ours["products"], theirs["products"], "products", ulps=ulps, scale=1e-3)
+    if not option.quantised:
+        assert_equal(ours["base"], theirs["base"], "base", ulps=ulps)
+
+
+@made_here
+def test_training_merging_saving_loading(name: str, peer: Peer, tmp_path: Path) -> None:
+    option = OPTIONS[name]
+    here, there_ = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    ours = recipes.run("option_trained", name=name, folder=here)
+    check_states(ours, option)
+    check_loads(recipes.run, name, here, ours, ours, (False, True))
+    theirs = there(peer, option, "option_trained", name=name, folder=there_)
+    if theirs is None:
+        return
+    check_results(ours, theirs, option)
+    check_loads(recipes.run, name, there_, theirs, ours, (False,))
+    check_loads(peer.run, name, here, ours, theirs, (False,))
+    for side in (ours, theirs):
+        for name, tensors in side["saved"]["tensors"].items():
+            side["saved"]["tensors"][name] = adapter_alone(option, tensors)
+        for config in side["saved"]["configs"].values():
+            for key in option.wrong:
+                config.pop(key, None)
+    assert_equal(saved_facts(ours["saved"]), saved_facts(theirs["saved"]), "saved", loose=coarse(option), ulps=DEEP)
+
+
+def check_states(ours: dict[str, Any], option: Option) -> None:
+    """Merging leaves our outputs as they are, as far as the format allows, and unmerging brings them back."""
+    assert all(torch.isfinite(grad).all() for grad in ours["grads"].values())
+    if not option.merges:
+        return
+    assert_equal(ours["unmerged"], ours["eval"], "unmerged", loose=coarse(option), ulps=4 * DEEP)
+    assert_equal(ours["unloaded"], ours["merged"], "unloaded", loose=coarse(option), ulps=4 * DEEP)
+    if not option.quantised:
+        assert_equal(ours["merged"], ours["eval"], "merged", ulps=4 * DEEP)
+
+
+def check_results(ours: dict[str, Any], theirs: dict[str, Any], option: Option) -> None:
+    """Equal outputs in every state that upstream has right, equal gradients, and an equal addition to the loss."""
+    assert "grads" in option.wrong or shapes(ours["grads"]) == shapes(theirs["grads"])
+    assert ("loss" in theirs) == ("loss" in ours)
+    if option.drawn:
+        return
+    ulps = max(DEEP, 10 * option.room / torch.finfo(torch.float32).eps)
+    for state in STATES:
+        # unmerging a quantised layer does not give its bytes back there
+        skipped = option.quantised and state in ("unmerged", "unloaded")
+        if state in theirs and state not in option.wrong and not skipped:
+            assert_equal(ours[state], theirs[state], state, loose=coarse(option, state), ulps=ulps)
+    if "grads" not in option.wrong:
+        assert_equal_grads(ours["grads"], theirs["grads"], ulps=ulps)
+    assert_equal(ours.get("loss"), theirs.get("loss"), "loss", ulps=ulps)
+
+
+def check_loads(
+    run: Callable[..., Any],
+    name: str,
+    folder: str,
+    writer: dict[str, Any],
+    reader: dict[str, Any],
+    meta: tuple[bool, ...],
+) -> None:
+    """What was written is read whole, and gives the output that the reader has for these values."""
+    option = OPTIONS[name]
+    (tensors,) = writer["saved"]["tensors"].values()
+    for low_cpu_mem_usage in meta:
+        loaded = run("option_loaded", name=name, folder=folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert_equal(adapter_alone(option, loaded["state"]), adapter_alone(option, tensors), "state")
+        if not option.drawn and (option.low_cpu_mem or not low_cpu_mem_usage):
+            assert_equal(loaded["y"], reader["eval"], "output", loose=coarse(option), ulps=4 * DEEP)

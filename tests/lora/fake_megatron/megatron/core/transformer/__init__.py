@@ -1,0 +1,2 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""`megatron.core.transformer`."""
