@@ -24,7 +24,7 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, nn.MultiheadAttention):
         base_layer = base_layer.out_proj
-    for attribute in ("weight", "qweight", "in_proj_weight"):
+    for attribute in ("weight", "qweight", "W_q", "in_proj_weight"):
         weight = getattr(base_layer, attribute, None)
         if isinstance(weight, torch.Tensor):
             floating = weight.dtype.is_floating_point or weight.dtype.is_complex

@@ -99,8 +99,6 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
     Raises:
         TypeError: The layer keeps its weight in a format that is not supported.
     """
-    if hasattr(module, "W_q"):
-        return module.dequantize()
     weight = getattr(module, "weight", None)
     if is_torchao_tensor(weight):
         return weight.dequantize()

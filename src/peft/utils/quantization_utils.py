@@ -80,26 +80,12 @@ class Bnb8bitBackend(_StoredBackend):
     supports_merge = True
 
 
-class HqqBackend(QuantizationBackend):
+class HqqBackend(_StoredBackend):
     """HQQ's `HQQLinear`."""
 
     layer_type: LayerType = "linear"
     backend_name = "hqq"
     supports_merge = True
-
-    def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
-        return base_layer.dequantize()
-
-    def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
-        base_layer = peft_layer.get_base_layer()
-        plain = _linear_around(weight_data)
-        fresh = type(base_layer)(
-            plain,
-            quant_config={**base_layer.quant_config, "offload_meta": base_layer.offload_meta},
-            compute_dtype=base_layer.compute_dtype,
-            device=base_layer.device,
-        )
-        base_layer.W_q, base_layer.meta = fresh.W_q, fresh.meta
 
 
 class TorchaoBackend(QuantizationBackend):

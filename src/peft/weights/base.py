@@ -127,6 +127,11 @@ class BaseWeight(ABC):
         return getattr(self.layer, "bias", None)
 
     @property
+    def trainable(self) -> bool:
+        """True when the weight itself asks for a gradient."""
+        return self.layer.weight.requires_grad
+
+    @property
     def compute_dtype(self) -> torch.dtype | None:
         """The dtype that the layer casts its input to before the product (and back after it); None: no cast."""
         return None

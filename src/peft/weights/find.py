@@ -12,6 +12,7 @@ from torch import nn
 
 from .base import BaseWeight
 from .bnb import Weight4bit, Weight8bit
+from .hqq import HqqWeight
 from .plain import PlainWeight
 
 _Maker = Callable[[nn.Module, bool], BaseWeight]
@@ -19,6 +20,7 @@ _Maker = Callable[[nn.Module, bool], BaseWeight]
 _BY_NAME: dict[str, _Maker] = {
     "bitsandbytes.nn.modules.Linear4bit": lambda layer, fan_in_fan_out: Weight4bit(layer),
     "bitsandbytes.nn.modules.Linear8bitLt": lambda layer, fan_in_fan_out: Weight8bit(layer),
+    "hqq.core.quantize.HQQLinear": lambda layer, fan_in_fan_out: HqqWeight(layer),
     "transformers.pytorch_utils.Conv1D": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
     "torch.nn.modules.sparse.Embedding": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
     "torch.nn.modules.linear.Linear": PlainWeight,
@@ -36,7 +38,7 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     """The weight of a base layer, whatever format it is stored in.
 
     Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, and their subclasses. Any other module with a floating `weight` of two or more dimensions counts as
+    `Linear8bitLt`, HQQ's `HQQLinear`, and their subclasses. Any other module with a floating `weight` of two or more dimensions counts as
     plain, with the output features first.
 
     Args:
@@ -56,8 +58,17 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     return maker(layer, fan_in_fan_out)
 
 
+def is_a(layer: nn.Module, name: str) -> bool:
+    """Whether a layer is of the class of this qualified name, or of one derived from it; nothing is imported."""
+    return name in _names(type(layer))
+
+
+def _names(kind: type) -> list[str]:
+    return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+
+
 def _choose(kind: type) -> _Maker:
-    names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+    names = _names(kind)
     if _NOT_A_MATRIX in names:
         raise TypeError(
             f"{kind.__name__}: the weight of a transposed convolution cannot be read as a matrix [out, in]"

@@ -22,7 +22,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.seams import public
 
-from . import bnb, layer, weighted
+from . import bnb, hqq, layer, weighted
 from .config import LoraConfig
 from .parameters import inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
@@ -155,7 +155,7 @@ class LoraModel(BaseTuner):
             ValueError: No LoRA layer goes around this kind of module.
         """
         # looked up in their modules at each call: other packages replace them there
-        dispatchers = [bnb.dispatch_bnb_8bit, bnb.dispatch_bnb_4bit, layer.dispatch_default]
+        dispatchers = [bnb.dispatch_bnb_8bit, bnb.dispatch_bnb_4bit, hqq.dispatch_hqq, layer.dispatch_default]
         if lora_config._custom_modules:
             dispatchers.insert(0, _dispatch_custom)
         for dispatch in dispatchers:

@@ -147,7 +147,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
         if not plain_factors or type(variant) not in (type(None), DoraLinearVariant, MiCALinearVariant):
             return None
         weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
-        if not weight.direct() or self.base_layer.weight.requires_grad:
+        if not weight.direct() or weight.trainable:
             return None
         cache = self.norm_cache(name) if type(variant) is DoraLinearVariant else None
         return FusedPlan(name, weight, lora_a, lora_b, cache, self.dora_route(name))
