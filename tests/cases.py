@@ -27,7 +27,8 @@ class Format:
     Args:
         name: As it stands in test ids.
         dtype: What goes into the layer and comes out of it; for plain weights also their own dtype.
-        quant: A key of `quantisers.QUANTISERS`: `"nf4"`, `"fp4"`, `"int8"`, `"hqq"`; None for plain weights.
+        quant: A key of `quantisers.QUANTISERS`: `"nf4"`, `"fp4"`, `"int8"`, `"hqq"`, `"gptq"`,
+            `"awq"`; None for plain weights.
         nested: Whether the scales of a 4-bit weight are themselves quantised.
         settings: What else the quantiser is told.
     """
@@ -59,6 +60,12 @@ FORMATS = {
         Format("hqq4", torch.float32, "hqq", settings={"nbits": 4, "group_size": 16, "axis": 1}),
         Format("hqq4-across", torch.float16, "hqq", settings={"nbits": 4, "group_size": 64, "axis": 0}),
         Format("hqq8", torch.bfloat16, "hqq", settings={"nbits": 8, "group_size": 32, "axis": 1}),
+        Format("gptq4", torch.float16, "gptq", settings={"bits": 4, "group_size": 16}),
+        Format("gptq4-act-order", torch.float32, "gptq", settings={"bits": 4, "group_size": 16, "desc_act": True}),
+        Format("gptq3", torch.float16, "gptq", settings={"bits": 3, "group_size": 32}),
+        Format("gptq8", torch.bfloat16, "gptq", settings={"bits": 8, "group_size": 64, "desc_act": True}),
+        Format("awq4", torch.float16, "awq", settings={"bits": 4, "group_size": 16}),
+        Format("awq8", torch.bfloat16, "awq", settings={"bits": 8, "group_size": 32}),
         Format("hqq3", torch.float32, "hqq", settings={"nbits": 3, "group_size": 8, "axis": 0}),
     )
 }
@@ -66,6 +73,8 @@ FLOATS = ("fp32", "fp16", "bf16")
 FOUR_BIT = ("nf4", "nf4-nested", "fp4", "fp4-nested")
 EIGHT_BIT = ("int8", "int8-bf16")
 HQQ = ("hqq4", "hqq4-across", "hqq8", "hqq3")
+GPTQ = ("gptq4", "gptq4-act-order", "gptq3", "gptq8")
+AWQ = ("awq4", "awq8")
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -180,6 +189,8 @@ LAYERS = {
         Layer("linear4bit", _quantised, (2, 3, 64), FOUR_BIT),
         Layer("linear8bit", _quantised, (2, 3, 64), EIGHT_BIT),
         Layer("hqq_linear", _quantised, (2, 3, 64), HQQ),
+        Layer("gptq_linear", _quantised, (2, 3, 64), GPTQ),
+        Layer("awq_linear", _quantised, (2, 3, 64), AWQ),
     )
 }
 
@@ -249,7 +260,7 @@ class Row:
             without.add("lora_bias")  # an embedding has no bias to merge into: refused, in every release
         if self.method.dora:
             without.add("lora_bias")  # refused when the config is built
-        if self.form.dtype == torch.float32 or self.form.quant == "int8":
+        if self.form.dtype == torch.float32 or self.form.quant in ("int8", "gptq", "awq"):
             without.add("low_precision")  # the base's dtype is float32, or no floating-point one
         return tuple(state for state in STATES if state not in without)
 
@@ -257,11 +268,16 @@ class Row:
         """Arguments of a `LoraConfig` for the model of this row."""
         return {"target_modules": ["body"], "r": self.layer.rank, "lora_alpha": 5, **self.method.options, **more}
 
+    @property
+    def in_peer(self) -> bool:
+        """Whether the environment of upstream's release has what this row's format needs."""
+        return self.form.quant is None or self.form.quantiser.package == "bitsandbytes"
+
     def upstream(self, state: str) -> str | None:
         """Why upstream's release cannot be compared with in a state; None where it can."""
         if self.method.triton:
             return "upstream has no use_dora_triton; the row without it is compared"
-        if self.form.quant is not None and self.form.quantiser.package != "bitsandbytes":
+        if not self.in_peer:
             return f"the peer's environment has no {self.form.quantiser.package}"
         return next((fault.reason for fault in UPSTREAM_FAULTS if fault.touches(self, state)), None)
 

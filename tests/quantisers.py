@@ -97,10 +97,67 @@ def _requantised_hqq(matrix: torch.Tensor, base: nn.Module, form: Any) -> torch.
     return _build_hqq(linear, form).dequantize()
 
 
+# ---- gptq and awq ----------------------------------------------------------------------------------------------------
+def _ranges(matrix: torch.Tensor, form: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales and zero points `[out, groups]` of the rows' ranges, and the group of each column `[in]`."""
+    bits, size = form.settings["bits"], form.settings["group_size"]
+    columns = matrix.shape[1]
+    group = torch.arange(columns) // size
+    if form.settings.get("desc_act"):  # as with act-order, where neighbours are of any groups
+        group = group[torch.randperm(columns, generator=torch.Generator().manual_seed(11))]
+    lowest, highest = (
+        torch.stack([extreme(matrix[:, group == g]) for g in range(int(group.max()) + 1)], 1).float()
+        for extreme in (lambda part: part.amin(1).clamp(max=0), lambda part: part.amax(1).clamp(min=0))
+    )
+    scales = ((highest - lowest) / (2**bits - 1)).clamp_min(1e-5).half().float()
+    return scales, (-lowest / scales).round().clamp(0, 2**bits - 1), group.int()
+
+
+def _build_gptq(linear: nn.Linear, form: Any) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    settings = {"desc_act": False, "sym": False, **form.settings}
+    layer = TorchLinear(
+        in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias is not None, **settings
+    )
+    scales, zeros, group = _ranges(linear.weight, form)
+    layer.pack_original(linear, scales, zeros, group)
+    layer.scales, layer.bias = layer.scales.to(form.dtype), None if linear.bias is None else layer.bias.to(form.dtype)
+    return layer.eval()
+
+
+def _build_awq(linear: nn.Linear, form: Any) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    layer = AwqTorchLinear(
+        in_features=linear.in_features, out_features=linear.out_features, bias=linear.bias is not None,
+        desc_act=False, sym=False, register_buffers=True, **form.settings,
+    )  # fmt: skip
+    scales, zeros, _ = _ranges(linear.weight, form)
+    layer.pack(linear, scales, zeros)
+    layer.scales, layer.bias = layer.scales.to(form.dtype), None if linear.bias is None else layer.bias.to(form.dtype)
+    return layer
+
+
+def _dense_awq(base: nn.Module) -> torch.Tensor:
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    return dequantize_gemm(base.qweight, base.qzeros, base.scales, base.bits, base.group_size).T
+
+
+def _requantised_groups(matrix: torch.Tensor, base: nn.Module, form: Any) -> torch.Tensor:
+    """Rounding to the integers of each group's own range."""
+    scales, zeros, group = _ranges(matrix, form)
+    step, point = scales[:, group.long()], zeros[:, group.long()]
+    return ((matrix / step + point).round().clamp(0, 2 ** form.settings["bits"] - 1) - point) * step
+
+
 FOUR_BIT = Quantiser("bitsandbytes", _build_4bit, _dense_4bit, _requantised_4bit, "is_loaded_in_4bit")
 QUANTISERS = {
     "nf4": FOUR_BIT,
     "fp4": FOUR_BIT,
     "int8": Quantiser("bitsandbytes", _build_8bit, _dense_8bit, _requantised_8bit, "is_loaded_in_8bit"),
     "hqq": Quantiser("hqq", _build_hqq, lambda base: base.dequantize(), _requantised_hqq, move=_move_hqq),
+    "gptq": Quantiser("gptqmodel", _build_gptq, lambda base: base.dequantize_weight().T, _requantised_groups),
+    "awq": Quantiser("gptqmodel", _build_awq, _dense_awq, _requantised_groups),
 }

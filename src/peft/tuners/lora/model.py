@@ -22,7 +22,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.seams import public
 
-from . import bnb, hqq, layer, weighted
+from . import awq, bnb, gptq, hqq, layer, weighted
 from .config import LoraConfig
 from .parameters import inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
@@ -155,7 +155,14 @@ class LoraModel(BaseTuner):
             ValueError: No LoRA layer goes around this kind of module.
         """
         # looked up in their modules at each call: other packages replace them there
-        dispatchers = [bnb.dispatch_bnb_8bit, bnb.dispatch_bnb_4bit, hqq.dispatch_hqq, layer.dispatch_default]
+        dispatchers = [
+            bnb.dispatch_bnb_8bit,
+            bnb.dispatch_bnb_4bit,
+            hqq.dispatch_hqq,
+            awq.dispatch_awq,
+            gptq.dispatch_gptq,
+            layer.dispatch_default,
+        ]
         if lora_config._custom_modules:
             dispatchers.insert(0, _dispatch_custom)
         for dispatch in dispatchers:
@@ -165,8 +172,8 @@ class LoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         raise ValueError(
             f"{kwargs.get('target_name', 'The target')} is a {type(base).__name__}, which LoRA cannot adapt. It adapts "
-            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D and bitsandbytes' 4-bit and "
-            "8-bit linear layers: name such modules in target_modules."
+            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D "
+            "and the linear layers of bitsandbytes, HQQ, GPTQ and AWQ: name such modules in target_modules."
         )
 
     # ---- new adapters from others ----------------------------------------------------------------------------------
