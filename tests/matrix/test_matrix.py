@@ -28,18 +28,18 @@ from peft import PeftModel, get_peft_model_state_dict
 
 INTERPRETED = os.environ.get("PEFT_MATRIX_INTERPRETED") == "1"  # set by test_interpreter.py, for a run of its own
 # Rows whose kernels run again under the Triton interpreter, which computes bf16 products wrongly.
-_INTERPRETED_FORMS = ("fp32", "fp16", "nf4", "fp4-nested", "int8", "hqq4", "hqq4-across", "hqq3")
+_INTERPRETED_FORMS = (
+    "fp32", "fp16", "nf4", "fp4-nested", "int8", "hqq4", "hqq4-across", "hqq3", "gptq4", "gptq4-act-order", "awq4"
+)  # fmt: skip
 _INTERPRETED_LAYERS = (
-    "linear",
-    "linear_nobias",
-    "transformers_conv1d",
-    "embedding",
-    "conv2d",
-    "linear4bit",
-    "linear8bit",
-    "hqq_linear",
-)
+    "linear", "linear_nobias", "transformers_conv1d", "embedding", "conv2d", "linear4bit", "linear8bit", "hqq_linear",
+    "gptq_linear", "awq_linear",
+)  # fmt: skip
 _INTERPRETED_STATES = ("train", "dropout", "merged", "two_adapters", "saved")
+
+
+def is_installed(row: Row) -> bool:
+    return row.form.quant is None or importlib.util.find_spec(row.form.quantiser.package) is not None
 
 
 def in_state(state: str) -> pytest.MarkDecorator:
@@ -49,7 +49,8 @@ def in_state(state: str) -> pytest.MarkDecorator:
         if state not in row.states:
             continue
         small = row.method.triton and row.form.name in _INTERPRETED_FORMS and row.layer.name in _INTERPRETED_LAYERS
-        marks = [pytest.mark.interpreted] if small and state in _INTERPRETED_STATES else []
+        small = small and state in _INTERPRETED_STATES and is_installed(row)
+        marks = [pytest.mark.interpreted] if small else []
         params.append(pytest.param(row, "cpu", id=row.id, marks=marks))
         # Where there is no GPU, one state stands for all that is skipped.
         if torch.cuda.is_available() or (row.method.triton and state == "train"):
@@ -63,9 +64,8 @@ def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if not INTERPRETED:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
-    package = None if row is None or row.form.quant is None else row.form.quantiser.package
-    if package is not None and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+    if row is not None and not is_installed(row):
+        pytest.skip(f"{row.form.quantiser.package} is not installed")
 
 
 def check_route(layer: torch.nn.Module, row: Row, device: str) -> None:

@@ -5,11 +5,12 @@ This module needs only tensors; gptqmodel is imported for its planar layouts alo
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from .base import untouched
+from .base import Packed, untouched
 from .grouped import GroupedWeight
 from .words import BLOCK, nearest, pack, unpack, unpack_columns
 
@@ -76,6 +77,22 @@ class WordsWeight(GroupedWeight):
         if hasattr(self.layer, "clear_weight_cache"):
             self.layer.clear_weight_cache()
 
+    def packed(self) -> Packed | None:
+        layer = self.layer
+        stored = layer.qweight, layer.qzeros, layer.scales
+        if layer.qweight.dtype != torch.int32 or not all(tensor.is_contiguous() for tensor in stored):
+            return None
+        return Packed(
+            kind=self.format,
+            data=layer.qweight,
+            shape=self.shape,
+            dtype=self.dtype,
+            bits=self.bits,
+            scales=layer.scales,
+            zeros=layer.qzeros,
+            blocksize=layer.group_size,
+        )
+
     def direct(self) -> bool:
         layer = self.layer
         kind = type(layer)
@@ -128,6 +145,10 @@ class GptqWeight(WordsWeight):
     def planar(self) -> bool:
         """Whether the bits of an integer are stored apart, as 5 to 7 bits always are."""
         return getattr(self.layer, "planar", False)
+
+    def packed(self) -> Packed | None:
+        found = None if self.planar else super().packed()
+        return None if found is None else replace(found, blocksize=None, groups=self.layer.g_idx)
 
     def _codes(self, a: int, b: int) -> torch.Tensor:
         words = self.layer.qweight[:, a:b]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .base import untouched
+from .base import Packed, untouched
 from .grouped import GroupedWeight
 
 _CLASS = "hqq.core.quantize", "HQQLinear"
@@ -80,6 +80,29 @@ class HqqWeight(GroupedWeight):
         scale, zero = (fresh[name].to(layer.compute_dtype) for name in ("scale", "zero"))
         new = {"zero_scale": torch.stack((zero, scale))} if "zero_scale" in meta else {"scale": scale, "zero": zero}
         self._put({"W_q": codes, **new})
+
+    def packed(self) -> Packed | None:
+        """None where groups or planes end within a row."""
+        (out, features), meta, planes = self.shape, self.layer.meta, self._planes()
+        group, along = meta["group_size"], meta["axis"] == 1
+        words = self._words()
+        cycle = out * features // group  # elements after which HQQ's groups repeat across the matrix
+        if planes.size % features or (features % group if along else cycle % features) or words.is_floating_point():
+            return None
+        scale, zero = self._scales()
+        return Packed(
+            kind="hqq",
+            data=words,
+            shape=self.shape,
+            dtype=self.dtype,
+            bits=planes.bits,
+            scales=scale,
+            zeros=zero,
+            blocksize=group if along else None,
+            planes=planes.count,
+            plane_rows=planes.size // features,
+            cycle_rows=None if along else cycle // features,
+        )
 
     def direct(self) -> bool:
         layer = self.layer

@@ -5,8 +5,9 @@ kernel."""
 from .compose import compose, scale_gradient
 from .packed4 import dequantise_packed4
 from .packed8 import dequantise_packed8
+from .packed_groups import dequantise_groups
 from .refresh import refresh
-from .row_norm import row_norm, source_of
+from .row_norm import GROUPED, row_norm, source_of
 
 __all__ = ["compose", "dequantise", "refresh", "row_norm", "scale_gradient", "source_of"]
 
@@ -18,4 +19,6 @@ def dequantise(packed, dtype):
         packed: A `peft.weights.Packed`.
         dtype: float32, float16 or bfloat16.
     """
+    if packed.kind in GROUPED:
+        return dequantise_groups(packed, dtype)
     return (dequantise_packed8 if packed.kind == "int8" else dequantise_packed4)(packed, dtype)
