@@ -13,6 +13,7 @@ from torch import nn
 from .awq import AwqWeight
 from .base import BaseWeight
 from .bnb import Weight4bit, Weight8bit
+from .closed import ClosedWeight
 from .gptq import GptqWeight
 from .hqq import HqqWeight
 from .plain import PlainWeight
@@ -27,6 +28,9 @@ _BY_NAME: dict[str, _Maker] = {
     "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear": lambda layer, fan_in_fan_out: AwqWeight(layer),
     "gptqmodel.nn_modules.qlinear.gemm_awq.AwqGEMMLinear": lambda layer, fan_in_fan_out: AwqWeight(layer),
     "gptqmodel.nn_modules.qlinear.gemm_awq_triton.AwqGEMMTritonLinear": lambda layer, fan_in_fan_out: AwqWeight(layer),
+    # It rotates its input, unlike the layer that it derives from.
+    "gptqmodel.nn_modules.qlinear.paroquant.ParoLinear": lambda layer, fan_in_fan_out: ClosedWeight(layer),
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": lambda layer, fan_in_fan_out: ClosedWeight(layer),
     "awq.modules.linear.gemm.WQLinear_GEMM": lambda layer, fan_in_fan_out: AwqWeight(layer),
     "transformers.pytorch_utils.Conv1D": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
     "torch.nn.modules.sparse.Embedding": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
@@ -45,8 +49,7 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     """The weight of a base layer, whatever format it is stored in.
 
     Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's layers for GPTQ and AWQ that keep
-    the common layout, and their subclasses. Any other module with a floating `weight` of two or more dimensions counts as
+    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, and their subclasses. Any other module with a floating `weight` of two or more dimensions counts as
     plain, with the output features first.
 
     Args:
