@@ -5,7 +5,6 @@ This module needs only tensors; gptqmodel is imported for its planar layouts alo
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -48,10 +47,16 @@ class WordsWeight(GroupedWeight):
     def _pack(self, codes: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`qweight` and `qzeros` of integers [in, n] and zero points [groups, n], n a multiple of 32 or all rows."""
 
+    @property
+    def order(self) -> torch.Tensor | None:
+        """The group of each input feature, int32 [in]; None where `group_size` neighbours make one."""
+        return None
+
     def groups(self) -> torch.Tensor:
         """The group of each input feature, int64 [in]."""
-        features = torch.arange(self.shape[1], device=self.device)
-        return features // self.layer.group_size
+        if self.order is not None:
+            return self.order.long()
+        return torch.arange(self.shape[1], device=self.device) // self.layer.group_size
 
     def write(self, matrix: torch.Tensor) -> None:
         """As `BaseWeight.write`; rounded to the nearest integers, without GPTQ's or AWQ's calibration."""
@@ -90,7 +95,8 @@ class WordsWeight(GroupedWeight):
             bits=self.bits,
             scales=layer.scales,
             zeros=layer.qzeros,
-            blocksize=layer.group_size,
+            blocksize=layer.group_size if self.order is None else None,
+            groups=self.order,
         )
 
     def direct(self) -> bool:
@@ -135,8 +141,9 @@ class GptqWeight(WordsWeight):
                 f"{type(layer).__name__} rotates its input (had_K): its weight cannot be read as a matrix [out, in]"
             )
 
-    def groups(self) -> torch.Tensor:
-        return self.layer.g_idx.long()
+    @property
+    def order(self) -> torch.Tensor:
+        return self.layer.g_idx
 
     def _stored(self) -> dict[str, torch.Tensor]:
         return {**super()._stored(), "g_idx": self.layer.g_idx}
@@ -147,8 +154,14 @@ class GptqWeight(WordsWeight):
         return getattr(self.layer, "planar", False)
 
     def packed(self) -> Packed | None:
-        found = None if self.planar else super().packed()
-        return None if found is None else replace(found, blocksize=None, groups=self.layer.g_idx)
+        return None if self.planar else super().packed()
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        fused = getattr(self.layer, "dequantize_weight", None)
+        if fused is None or self.device.type == "cpu":
+            return super().dense(dtype)
+        matrix = fused().T  # one compiled pass, to the same bits: it rounds once too
+        return matrix if dtype is None else matrix.to(dtype)
 
     def _codes(self, a: int, b: int) -> torch.Tensor:
         words = self.layer.qweight[:, a:b]
