@@ -90,7 +90,8 @@ def nearest(
     ):
         step, point = s.float().gather(1, index), z.float().gather(1, index)
         codes = torch.where(step != 0, matrix / step, 0.0).add_(point).round_().clamp_(0, most)
-        error = reduced(((codes - point) * step - matrix).square_(), "sum")
+        read = ((codes - point) * step).to(scale.dtype).float()  # so that what is stored already leaves no error
+        error = reduced((read - matrix).square_(), "sum")
         if best is None:
             best = codes, s, z, error
             continue
