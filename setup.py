@@ -26,12 +26,13 @@ REQUIREMENTS = [
 
 BNB = ["bitsandbytes>=0.49.0"]
 HQQ = ["hqq>=0.2.8"]
+FORMATS = [*HQQ, "torchao>=0.18.0"]  # storage formats whose libraries install and quantise on a CPU
 TRITON = ["triton>=3.6.0; platform_system == 'Linux'"]
 QUALITY = ["ruff>=0.14"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo"]
 EXAMPLES = ["datasets>=4.0", "tokenizers", *BNB]
 PLOTS = ["matplotlib"]
-TEST = ["pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized", *EXAMPLES, *PLOTS, *TRITON, *HQQ]
+TEST = ["pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized", *EXAMPLES, *PLOTS, *TRITON, *FORMATS]
 
 setup(
     name="peft",

@@ -159,6 +159,11 @@ class BaseWeight(ABC):
         return None
 
     @property
+    def differentiable(self) -> bool:
+        """False where autograd does not get through the layer's own forward pass to its input."""
+        return True
+
+    @property
     @abstractmethod
     def lossy(self) -> bool:
         """True when `write` does not keep exactly what it was given, so that only `restore` can undo it."""
@@ -186,6 +191,10 @@ class BaseWeight(ABC):
         Raises:
             ValueError: The shape is not (out, in), or the dtype is not a floating one.
         """
+
+    def why_read_only(self) -> str | None:
+        """Why `write` refuses any matrix, a full sentence with the remedy; None where the format can be written."""
+        return None
 
     @abstractmethod
     def snapshot(self) -> Any:

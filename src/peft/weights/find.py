@@ -17,6 +17,7 @@ from .closed import ClosedWeight
 from .gptq import GptqWeight
 from .hqq import HqqWeight
 from .plain import PlainWeight
+from .torchao import TorchaoWeight, is_torchao_tensor
 
 _Maker = Callable[[nn.Module, bool], BaseWeight]
 
@@ -49,8 +50,9 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     """The weight of a base layer, whatever format it is stored in.
 
     Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, and their subclasses. Any other module with a floating `weight` of two or more dimensions counts as
-    plain, with the output features first.
+    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, and their subclasses, and `nn.Linear`
+    with a tensor of torchao's classes. Any other module with a floating `weight` of two or more dimensions counts as plain,
+    with the output features first.
 
     Args:
         layer: The base layer itself, not the adapter layer around it.
@@ -65,6 +67,8 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     if maker is None:
         maker = _makers[kind] = _choose(kind)
     if maker is PlainWeight:
+        if is_torchao_tensor(getattr(layer, "weight", None)):
+            return TorchaoWeight(layer)
         _check_plain(layer)
     return maker(layer, fan_in_fan_out)
 
@@ -95,9 +99,6 @@ def _check_plain(layer: nn.Module) -> None:
         held = [key for key in ("qweight", "W_q", "codes") if hasattr(layer, key)]
         hint = f" (it keeps a packed `{held[0]}`, a format that has no reader here)" if held else ""
         raise TypeError(f"{name} has no `weight` tensor{hint}: its weight cannot be read as a matrix [out, in]")
-    package = type(weight).__module__.partition(".")[0]
-    if package == "torchao":
-        raise TypeError(f"{name}: its weight is a torchao {type(weight).__name__}, a format that has no reader here")
     if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() < 2:
         raise TypeError(
             f"{name}: its `weight` of dtype {weight.dtype} and shape {tuple(weight.shape)} cannot be read as a matrix "

@@ -22,7 +22,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.seams import public
 
-from . import awq, bnb, gptq, hqq, layer, weighted
+from . import awq, bnb, gptq, hqq, layer, torchao, weighted
 from .config import LoraConfig
 from .parameters import inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
@@ -161,6 +161,7 @@ class LoraModel(BaseTuner):
             hqq.dispatch_hqq,
             awq.dispatch_awq,
             gptq.dispatch_gptq,
+            torchao.dispatch_torchao,
             layer.dispatch_default,
         ]
         if lora_config._custom_modules:

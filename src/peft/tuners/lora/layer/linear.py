@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import Module
 
 from peft import dora
+from peft.engine.layer import BaseTunerLayer
 from peft.utils.other import transpose
 from peft.weights import BaseWeight, find_weight
+from peft.weights.through import straight_through
 
 from ..inits import STARTS
 from ..variants.alora import ALoraLinearVariant
@@ -119,6 +121,14 @@ class LoraLinearBase(LoraLayer, nn.Module):
         variant = self.lora_variant.get(adapter_name)
         return variant is None or variant.supports_lora_conversion()
 
+    def call_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As of every layer; where the base layer's own forward pass records no gradient, one with it."""
+        if torch.is_grad_enabled() and not isinstance(self.base_layer, BaseTunerLayer):
+            weight = _readable(self.base_layer)
+            if weight is not None and not weight.differentiable:
+                return straight_through(self.base_layer, weight, x)
+        return self.base_layer(x, *args, **kwargs)
+
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
         if not weight.direct() or weight.compute_dtype not in (None, x.dtype):
@@ -201,6 +211,14 @@ class LoraLinearBase(LoraLayer, nn.Module):
             route=plan.route,
         )
         return y + added.to(y.dtype)
+
+
+def _readable(base_layer: nn.Module) -> BaseWeight | None:
+    """The weight of a base layer; None where it is in no known format, so that only the layer itself can compute."""
+    try:
+        return find_weight(base_layer)
+    except TypeError:
+        return None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -78,6 +78,9 @@ class ParameterLayer(LoraLayer):
 
     # ---- merging ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
+    def _why_not_writable(self) -> str | None:
+        return None  # it is a plain parameter that is written, not the weight of a layer
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
         for name in names:
