@@ -155,8 +155,19 @@ def check_training(make: Callable[[], Model], x: torch.Tensor, room: float, **op
     assert x.grad.dtype == x.dtype and relative(x.grad, wide.grad) < room
 
 
-def check_merging(make: Callable[[], Model], x: torch.Tensor, room: float, *names: str, **options) -> None:
-    """Merging, safely or not, gives the adapted function up to the format's rounding; unmerging every byte back."""
+def check_merging(
+    make: Callable[[], Model], x: torch.Tensor, room: float, *names: str, exact: bool = True, **options
+) -> None:
+    """Merging, safely or not, gives the adapted function up to the format's rounding; unmerging every byte back.
+
+    Args:
+        make: Builds the quantised model.
+        x: An input.
+        room: Relative error that the format's rounding may make.
+        names: Of the adapters; none for one called "default".
+        exact: False where the weight is a plain one, which unmerging computes back.
+        options: Of the `LoraConfig`.
+    """
     tuned = adapted(make(), *names, **options).eval()
     tuned.base_model.set_adapter(list(names) or ["default"])
     layers = lora_layers(tuned)
@@ -167,9 +178,11 @@ def check_merging(make: Callable[[], Model], x: torch.Tensor, room: float, *name
             tuned.merge_adapter(safe_merge=safe)
             assert relative(tuned(x), expected) < room
             tuned.unmerge_adapter()
-            for layer, bytes_before in zip(layers, before, strict=True):
-                assert same_bytes(stored(layer.get_base_layer()), bytes_before)
-            assert torch.equal(tuned(x), expected)
+            if exact:
+                for layer, bytes_before in zip(layers, before, strict=True):
+                    assert same_bytes(stored(layer.get_base_layer()), bytes_before)
+                assert torch.equal(tuned(x), expected)
+            assert relative(tuned(x), expected) < 0.02
         kinds = [type(layer.get_base_layer()) for layer in layers]
         merged = tuned.merge_and_unload(safe_merge=True)
         assert [type(merged.first), type(merged.second)] == kinds and plain is merged

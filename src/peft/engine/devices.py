@@ -24,10 +24,11 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, nn.MultiheadAttention):
         base_layer = base_layer.out_proj
-    for attribute in ("weight", "qweight", "W_q", "in_proj_weight"):
+    for attribute in ("weight", "qweight", "W_q", "weight_packed", "in_proj_weight"):
         weight = getattr(base_layer, attribute, None)
         if isinstance(weight, torch.Tensor):
-            floating = weight.dtype.is_floating_point or weight.dtype.is_complex
+            # float8 is a storage format, in which no adapter can be trained
+            floating = (weight.dtype.is_floating_point and weight.dtype.itemsize > 1) or weight.dtype.is_complex
             return weight.device, weight.dtype if floating else getattr(base_layer, "compute_dtype", None)
     first = next(iter(base_layer.parameters()), None)
     return (None, None) if first is None else (first.device, None)

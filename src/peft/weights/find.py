@@ -14,6 +14,8 @@ from .awq import AwqWeight
 from .base import BaseWeight
 from .bnb import Weight4bit, Weight8bit
 from .closed import ClosedWeight
+from .compressed import CompressedTensorsWeight, is_compressed_tensors
+from .fp8 import Float8Weight
 from .gptq import GptqWeight
 from .hqq import HqqWeight
 from .plain import PlainWeight
@@ -35,13 +37,21 @@ _BY_NAME: dict[str, _Maker] = {
     "awq.modules.linear.gemm.WQLinear_GEMM": lambda layer, fan_in_fan_out: AwqWeight(layer),
     "transformers.pytorch_utils.Conv1D": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
     "torch.nn.modules.sparse.Embedding": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
+    "transformers.integrations.finegrained_fp8.FP8Linear": lambda layer, fan_in_fan_out: Float8Weight(layer),
+    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": (
+        lambda layer, fan_in_fan_out: Float8Weight(layer)
+    ),
+    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": lambda layer, fan_in_fan_out: Float8Weight(layer),
     "torch.nn.modules.linear.Linear": PlainWeight,
     "torch.nn.modules.conv.Conv1d": lambda layer, fan_in_fan_out: PlainWeight(layer),
     "torch.nn.modules.conv.Conv2d": lambda layer, fan_in_fan_out: PlainWeight(layer),
     "torch.nn.modules.conv.Conv3d": lambda layer, fan_in_fan_out: PlainWeight(layer),
 }
-# Their first dimension is the input, and groups do not flatten: no matrix [out, in] is a view of them.
-_NOT_A_MATRIX = "torch.nn.modules.conv._ConvTransposeNd"
+_NOT_A_MATRIX = {
+    # The first dimension is the input, and groups do not flatten: no matrix [out, in] is a view of it.
+    "torch.nn.modules.conv._ConvTransposeNd": "the weight of a transposed convolution",
+    "transformers.integrations.finegrained_fp8.FP8GroupedLinear": "a stack of matrices, one a group of the input",
+}
 
 _makers: WeakKeyDictionary[type, _Maker] = WeakKeyDictionary()
 
@@ -50,9 +60,9 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     """The weight of a base layer, whatever format it is stored in.
 
     Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, and their subclasses, and `nn.Linear`
-    with a tensor of torchao's classes. Any other module with a floating `weight` of two or more dimensions counts as plain,
-    with the output features first.
+    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, transformers' float8 linear layers,
+    and their subclasses, and `nn.Linear` with a tensor of torchao's classes or a scheme of compressed-tensors. Any other
+    module with a floating `weight` of two or more dimensions counts as plain, with the output features first.
 
     Args:
         layer: The base layer itself, not the adapter layer around it.
@@ -69,6 +79,8 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     if maker is PlainWeight:
         if is_torchao_tensor(getattr(layer, "weight", None)):
             return TorchaoWeight(layer)
+        if is_compressed_tensors(layer):
+            return CompressedTensorsWeight(layer)
         _check_plain(layer)
     return maker(layer, fan_in_fan_out)
 
@@ -84,10 +96,9 @@ def _names(kind: type) -> list[str]:
 
 def _choose(kind: type) -> _Maker:
     names = _names(kind)
-    if _NOT_A_MATRIX in names:
-        raise TypeError(
-            f"{kind.__name__}: the weight of a transposed convolution cannot be read as a matrix [out, in]"
-        )
+    for name in names:
+        if name in _NOT_A_MATRIX:
+            raise TypeError(f"{kind.__name__}: {_NOT_A_MATRIX[name]} cannot be read as a matrix [out, in]")
     return next((_BY_NAME[name] for name in names if name in _BY_NAME), PlainWeight)
 
 

@@ -37,6 +37,10 @@ class TorchaoLoraLinear(Linear):
 def dispatch_torchao(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
     """A `TorchaoLoraLinear` around a linear layer with a torchao weight; None for anything else."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, nn.Linear) or not is_torchao_tensor(base.weight) or not is_torchao_available():
+    if (
+        not isinstance(base, nn.Linear)
+        or not is_torchao_tensor(getattr(base, "weight", None))
+        or not is_torchao_available()
+    ):
         return None
     return TorchaoLoraLinear(target, adapter_name, config=config, **kwargs)

@@ -124,7 +124,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
     def call_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As of every layer; where the base layer's own forward pass records no gradient, one with it."""
         if torch.is_grad_enabled() and not isinstance(self.base_layer, BaseTunerLayer):
-            weight = _readable(self.base_layer)
+            weight = _readable(self.base_layer, self.fan_in_fan_out)
             if weight is not None and not weight.differentiable:
                 return straight_through(self.base_layer, weight, x)
         return self.base_layer(x, *args, **kwargs)
@@ -156,8 +156,8 @@ class LoraLinearBase(LoraLayer, nn.Module):
         plain_factors = type(lora_a) is nn.Linear and type(lora_b) is nn.Linear
         if not plain_factors or type(variant) not in (type(None), DoraLinearVariant, MiCALinearVariant):
             return None
-        weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
-        if not weight.direct() or weight.trainable:
+        weight = _readable(self.base_layer, self.fan_in_fan_out)
+        if weight is None or not weight.direct() or weight.trainable:
             return None
         cache = self.norm_cache(name) if type(variant) is DoraLinearVariant else None
         return FusedPlan(name, weight, lora_a, lora_b, cache, self.dora_route(name))
@@ -213,10 +213,10 @@ class LoraLinearBase(LoraLayer, nn.Module):
         return y + added.to(y.dtype)
 
 
-def _readable(base_layer: nn.Module) -> BaseWeight | None:
+def _readable(base_layer: nn.Module, fan_in_fan_out: bool) -> BaseWeight | None:
     """The weight of a base layer; None where it is in no known format, so that only the layer itself can compute."""
     try:
-        return find_weight(base_layer)
+        return find_weight(base_layer, fan_in_fan_out=fan_in_fan_out)
     except TypeError:
         return None
 

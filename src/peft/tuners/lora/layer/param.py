@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peft.engine.layer import check_adapters_to_merge
+from peft.weights.torchao import is_torchao_tensor
 
 from .base import LoraLayer
 
@@ -116,8 +117,8 @@ class ParamWrapper(ParameterLayer, nn.Module):
         is_target_conv_1d_layer: Taken for compatibility.
 
     Raises:
-        ValueError: The module has no such parameter, it has neither 2 nor 3 dimensions, or the config asks for dropout,
-            `fan_in_fan_out`, `lora_bias` or a variant.
+        ValueError: The module has no such parameter, it is quantised or has neither 2 nor 3 dimensions, or the config
+            asks for dropout, `fan_in_fan_out`, `lora_bias` or a variant.
     """
 
     def __init__(
@@ -144,6 +145,12 @@ class ParamWrapper(ParameterLayer, nn.Module):
             raise ValueError(
                 f"target_parameters: {self.parameter_name} of {type(base_layer).__name__} must be a parameter of 2 or 3 "
                 f"dimensions, got {found}."
+            )
+        if not parameter.is_floating_point() or parameter.element_size() < 2 or is_torchao_tensor(parameter):
+            raise ValueError(
+                f"target_parameters: {self.parameter_name} of {type(base_layer).__name__} is quantised ({type(parameter).__name__}, {parameter.dtype}), "
+                "and what an adapter adds cannot be added to its codes: load the model dense (dequantize=True in its "
+                "quantisation config), or leave the parameter out."
             )
         self.num_experts = parameter.shape[0] if parameter.dim() == 3 else 1
         return parameter.shape[-1], parameter.shape[-2]
