@@ -27,7 +27,7 @@ REQUIREMENTS = [
 BNB = ["bitsandbytes>=0.49.0"]
 HQQ = ["hqq>=0.2.8"]
 # Storage formats whose libraries install and quantise on a CPU.
-FORMATS = [*HQQ, "torchao>=0.18.0", "compressed-tensors>=0.20.0"]
+FORMATS = [*HQQ, "torchao>=0.18.0", "compressed-tensors>=0.20.0", "aqlm>=1.1.7", "neural-compressor-pt>=3.10"]
 TRITON = ["triton>=3.6.0; platform_system == 'Linux'"]
 QUALITY = ["ruff>=0.14"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo"]

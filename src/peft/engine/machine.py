@@ -218,7 +218,7 @@ class AdapterLayer(BaseTunerLayer):
         base_layer = self.get_base_layer()
         weight = find_weight(base_layer)
         data = weight.dense() if weight.lossy else base_layer.weight.data
-        bias = getattr(base_layer, "bias", None)
+        bias = weight.bias
         wide = torch.float64 if data.dtype == torch.float64 else torch.float32
         return Folded(data.to(wide), None if bias is None else bias.data.to(wide))
 

@@ -64,6 +64,10 @@ class CompressedTensorsWeight(BaseWeight):
         return self._blocks(0, min(self._step(), self.shape[0])).dtype
 
     @property
+    def trainable(self) -> bool:
+        return self.mode != "compressed" and self.layer.weight.requires_grad
+
+    @property
     def lossy(self) -> bool:
         return self.mode != "plain"
 

@@ -10,15 +10,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .aqlm import AqlmWeight
 from .awq import AwqWeight
 from .base import BaseWeight
 from .bnb import Weight4bit, Weight8bit
 from .closed import ClosedWeight
 from .compressed import CompressedTensorsWeight, is_compressed_tensors
+from .eetq import EetqWeight
 from .fp8 import Float8Weight
 from .gptq import GptqWeight
 from .hqq import HqqWeight
+from .inc import IncWeight
 from .plain import PlainWeight
+from .te import TeWeight
 from .torchao import TorchaoWeight, is_torchao_tensor
 
 _Maker = Callable[[nn.Module, bool], BaseWeight]
@@ -35,6 +39,13 @@ _BY_NAME: dict[str, _Maker] = {
     "gptqmodel.nn_modules.qlinear.paroquant.ParoLinear": lambda layer, fan_in_fan_out: ClosedWeight(layer),
     "gptqmodel.nn_modules.qlinear.BaseQuantLinear": lambda layer, fan_in_fan_out: ClosedWeight(layer),
     "awq.modules.linear.gemm.WQLinear_GEMM": lambda layer, fan_in_fan_out: AwqWeight(layer),
+    "aqlm.inference.QuantizedLinear": lambda layer, fan_in_fan_out: AqlmWeight(layer),
+    "transformers.integrations.eetq.EetqLinear": lambda layer, fan_in_fan_out: EetqWeight(layer),
+    "eetq.modules.qlinear.EETQLinear": lambda layer, fan_in_fan_out: EetqWeight(layer),
+    "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules.PatchedLinear": (
+        lambda layer, fan_in_fan_out: IncWeight(layer)
+    ),
+    "transformer_engine.pytorch.module.linear.Linear": lambda layer, fan_in_fan_out: TeWeight(layer),
     "transformers.pytorch_utils.Conv1D": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
     "torch.nn.modules.sparse.Embedding": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
     "transformers.integrations.finegrained_fp8.FP8Linear": lambda layer, fan_in_fan_out: Float8Weight(layer),
@@ -60,9 +71,10 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     """The weight of a base layer, whatever format it is stored in.
 
     Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, transformers' float8 linear layers,
-    and their subclasses, and `nn.Linear` with a tensor of torchao's classes or a scheme of compressed-tensors. Any other
-    module with a floating `weight` of two or more dimensions counts as plain, with the output features first.
+    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, those of AQLM, EETQ, Intel Neural
+    Compressor and Transformer Engine, transformers' float8 ones, and their subclasses, and `nn.Linear` with a tensor of
+    torchao's classes or a scheme of compressed-tensors. Any other module with a floating `weight` of two or more
+    dimensions counts as plain, with the output features first.
 
     Args:
         layer: The base layer itself, not the adapter layer around it.

@@ -32,7 +32,7 @@ class LoraMethod(Additive):
 
 def why_no_bias_fold(layer: LoraLayer, name: str) -> str | None:
     """Why an adapter with `lora_bias` cannot be folded into this layer, or None where it can."""
-    if layer.low_rank_bias(name) is not None and getattr(layer.get_base_layer(), "bias", None) is None:
+    if layer.low_rank_bias(name) is not None and layer._base_bias() is None:
         return "it was made with lora_bias=True and the base layer has no bias to add it to."
     return None
 

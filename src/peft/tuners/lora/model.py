@@ -22,7 +22,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.seams import public
 
-from . import awq, bnb, gptq, hqq, layer, torchao, weighted
+from . import aqlm, awq, bnb, eetq, gptq, hqq, inc, layer, te, torchao, weighted
 from .config import LoraConfig
 from .parameters import inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
@@ -161,6 +161,10 @@ class LoraModel(BaseTuner):
             hqq.dispatch_hqq,
             awq.dispatch_awq,
             gptq.dispatch_gptq,
+            aqlm.dispatch_aqlm,
+            eetq.dispatch_eetq,
+            inc.dispatch_inc,
+            te.dispatch_transformer_engine,
             torchao.dispatch_torchao,
             layer.dispatch_default,
         ]
@@ -174,7 +178,8 @@ class LoraModel(BaseTuner):
         raise ValueError(
             f"{kwargs.get('target_name', 'The target')} is a {type(base).__name__}, which LoRA cannot adapt. It adapts "
             "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D "
-            "and the linear layers of bitsandbytes, HQQ, GPTQ and AWQ: name such modules in target_modules."
+            "and the linear layers of bitsandbytes, HQQ, GPTQ, AWQ, AQLM, EETQ, torchao, Intel Neural Compressor and "
+            "Transformer Engine: name such modules in target_modules."
         )
 
     # ---- new adapters from others ----------------------------------------------------------------------------------

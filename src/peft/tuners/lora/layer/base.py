@@ -105,7 +105,7 @@ class LoraLayer(AdapterLayer):
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer's output without its bias."""
         y = self.call_base(x)
-        bias = getattr(self.get_base_layer(), "bias", None)
+        bias = self._base_bias()
         return y if bias is None else y - self._along_channels(bias.to(y.dtype), y)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
