@@ -28,7 +28,7 @@ class Format:
         name: As it stands in test ids.
         dtype: What goes into the layer and comes out of it; for plain weights also their own dtype.
         quant: A key of `quantisers.QUANTISERS`: `"nf4"`, `"fp4"`, `"int8"`, `"hqq"`, `"gptq"`,
-            `"awq"`; None for plain weights.
+            `"awq"`, `"torchao"`, `"compressed"`, `"aqlm"`; None for plain weights.
         nested: Whether the scales of a 4-bit weight are themselves quantised.
         settings: What else the quantiser is told.
     """
@@ -67,6 +67,28 @@ FORMATS = {
         Format("awq4", torch.float16, "awq", settings={"bits": 4, "group_size": 16}),
         Format("awq8", torch.bfloat16, "awq", settings={"bits": 8, "group_size": 32}),
         Format("hqq3", torch.float32, "hqq", settings={"nbits": 3, "group_size": 8, "axis": 0}),
+        Format("ao-int8", torch.float32, "torchao", settings={"config": "Int8WeightOnlyConfig"}),
+        Format("ao-int8-bf16", torch.bfloat16, "torchao", settings={"config": "Int8WeightOnlyConfig"}),
+        Format("ao-float8", torch.bfloat16, "torchao", settings={"config": "Float8WeightOnlyConfig"}),
+        Format(
+            "ao-int4",
+            torch.float32,
+            "torchao",
+            settings={"config": "IntxWeightOnlyConfig", "weight_dtype": torch.int4, "group_size": 32},
+        ),
+        Format("ct-int8", torch.float32, "compressed", settings={"num_bits": 8, "strategy": "channel"}),
+        Format(
+            "ct-int4",
+            torch.bfloat16,
+            "compressed",
+            settings={"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        ),
+        Format(
+            "aqlm",
+            torch.float32,
+            "aqlm",
+            settings={"in_group_size": 8, "out_group_size": 1, "num_codebooks": 2, "nbits_per_codebook": 6},
+        ),
     )
 }
 FLOATS = ("fp32", "fp16", "bf16")
@@ -75,6 +97,8 @@ EIGHT_BIT = ("int8", "int8-bf16")
 HQQ = ("hqq4", "hqq4-across", "hqq8", "hqq3")
 GPTQ = ("gptq4", "gptq4-act-order", "gptq3", "gptq8")
 AWQ = ("awq4", "awq8")
+TORCHAO = ("ao-int8", "ao-int8-bf16", "ao-float8", "ao-int4")
+COMPRESSED = ("ct-int8", "ct-int4")
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -191,6 +215,9 @@ LAYERS = {
         Layer("hqq_linear", _quantised, (2, 3, 64), HQQ),
         Layer("gptq_linear", _quantised, (2, 3, 64), GPTQ),
         Layer("awq_linear", _quantised, (2, 3, 64), AWQ),
+        Layer("torchao_linear", _quantised, (2, 3, 64), TORCHAO),
+        Layer("compressed_linear", _quantised, (2, 3, 64), COMPRESSED),
+        Layer("aqlm_linear", _quantised, (2, 3, 64), ("aqlm",)),
     )
 }
 
@@ -262,6 +289,8 @@ class Row:
             without.add("lora_bias")  # refused when the config is built
         if self.form.dtype == torch.float32 or self.form.quant in ("int8", "gptq", "awq"):
             without.add("low_precision")  # the base's dtype is float32, or no floating-point one
+        if self.form.quant is not None and self.form.quantiser.requantised is None:
+            without |= {*MERGES, "lora_bias", "disabled"}  # whose tests merge
         return tuple(state for state in STATES if state not in without)
 
     def options(self, **more: Any) -> dict[str, Any]:

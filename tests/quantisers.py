@@ -22,7 +22,8 @@ class Quantiser:
         package: What has to be installed.
         build: Makes a layer of it from a float32 `nn.Linear` and a `cases.Format`.
         dense: The weight `[out, in]` of a layer, as the library itself reads it.
-        requantised: What storing a matrix in a layer's format leaves of it, from the matrix, the layer and the format.
+        requantised: What storing a matrix in a layer's format leaves of it, from the matrix, the layer and the format;
+            None where no matrix can be stored.
         mark: The attribute by which transformers marks a model that it loaded so.
         move: Moves a model of one such layer, `body`, to a device.
     """
@@ -30,7 +31,7 @@ class Quantiser:
     package: str
     build: Callable[[nn.Linear, Any], nn.Module]
     dense: Callable[[nn.Module], torch.Tensor]
-    requantised: Callable[[torch.Tensor, nn.Module, Any], torch.Tensor]
+    requantised: Callable[[torch.Tensor, nn.Module, Any], torch.Tensor] | None
     mark: str | None = None
     move: Callable[[nn.Module, str], nn.Module] = lambda model, device: model.to(device)
 
@@ -152,6 +153,76 @@ def _requantised_groups(matrix: torch.Tensor, base: nn.Module, form: Any) -> tor
     return ((matrix / step + point).round().clamp(0, 2 ** form.settings["bits"] - 1) - point) * step
 
 
+# ---- torchao ---------------------------------------------------------------------------------------------------------
+def _build_torchao(linear: nn.Linear, form: Any) -> nn.Module:
+    from torchao import quantization as ao
+
+    settings = dict(form.settings)
+    if "group_size" in settings:
+        settings["granularity"] = ao.PerGroup(settings.pop("group_size"))
+    layer = linear.to(form.dtype)
+    ao.quantize_(layer, getattr(ao, settings.pop("config"))(**settings))
+    return layer
+
+
+def _requantised_torchao(matrix: torch.Tensor, base: nn.Module, form: Any) -> torch.Tensor:
+    return _build_torchao(_linear_of(matrix), form).weight.dequantize()
+
+
+def _linear_of(matrix: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(*matrix.shape[::-1], bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix.detach().float(), requires_grad=False)
+    return linear
+
+
+# ---- compressed-tensors ----------------------------------------------------------------------------------------------
+def _build_compressed(linear: nn.Linear, form: Any) -> nn.Module:
+    """A layer with its scales set from its weight, which it rounds to them in each forward pass."""
+    from compressed_tensors import quantization as ct
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = ct.QuantizationArgs(**form.settings)
+    model = nn.Sequential(linear.to(form.dtype))
+    scheme = ct.QuantizationScheme(targets=["Linear"], weights=args)
+    ct.apply_quantization_config(model, ct.QuantizationConfig(config_groups={"all": scheme}))
+    layer = model[0]
+    blocks = layer.weight.detach().unflatten(1, (-1, args.group_size or linear.in_features))
+    found = calculate_qparams(blocks.amin(2), blocks.amax(2), args)
+    for name, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
+        if hasattr(layer, name):
+            getattr(layer, name).data.copy_(value)
+    return layer.requires_grad_(False)
+
+
+def _dense_compressed(base: nn.Module) -> torch.Tensor:
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    return forward_quantize(base, base.weight.data, "weight", base.quantization_scheme.weights)
+
+
+def _requantised_compressed(matrix: torch.Tensor, base: nn.Module, form: Any) -> torch.Tensor:
+    return _dense_compressed(_build_compressed(_linear_of(matrix), form))
+
+
+# ---- aqlm ------------------------------------------------------------------------------------------------------------
+def _build_aqlm(linear: nn.Linear, form: Any) -> nn.Module:
+    """A layer with codes at random, which is not the linear layer's: finding codes takes a search."""
+    from aqlm import QuantizedLinear
+
+    layer = QuantizedLinear(linear.in_features, linear.out_features, **form.settings, dtype=form.dtype)
+    half = layer.codebook_size // 2
+    layer.codes.data = torch.randint(-half, half, layer.codes.shape).to(layer.codes.dtype)
+    for parameter in (layer.codebooks, layer.scales, layer.bias):
+        parameter.data = torch.randn(parameter.shape, dtype=form.dtype) / 4
+    return layer.requires_grad_(False)
+
+
+def _dense_aqlm(base: nn.Module) -> torch.Tensor:
+    from aqlm.utils import _dequantize_weight, unpack_int_data
+
+    return _dequantize_weight(unpack_int_data(base.codes, base.nbits_per_codebook), base.codebooks, base.scales)
+
+
 FOUR_BIT = Quantiser("bitsandbytes", _build_4bit, _dense_4bit, _requantised_4bit, "is_loaded_in_4bit")
 QUANTISERS = {
     "nf4": FOUR_BIT,
@@ -160,4 +231,7 @@ QUANTISERS = {
     "hqq": Quantiser("hqq", _build_hqq, lambda base: base.dequantize(), _requantised_hqq, move=_move_hqq),
     "gptq": Quantiser("gptqmodel", _build_gptq, lambda base: base.dequantize_weight().T, _requantised_groups),
     "awq": Quantiser("gptqmodel", _build_awq, _dense_awq, _requantised_groups),
+    "torchao": Quantiser("torchao", _build_torchao, lambda base: base.weight.dequantize(), _requantised_torchao),
+    "compressed": Quantiser("compressed_tensors", _build_compressed, _dense_compressed, _requantised_compressed),
+    "aqlm": Quantiser("aqlm", _build_aqlm, _dense_aqlm, None),
 }

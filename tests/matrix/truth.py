@@ -82,7 +82,7 @@ def dense_base(base: nn.Module, row: Row) -> nn.Module:
 
 def stored(base: nn.Module) -> torch.Tensor:
     """The tensor that holds a base layer's weight, packed or not."""
-    return next(getattr(base, name) for name in ("qweight", "W_q", "weight") if hasattr(base, name))
+    return next(getattr(base, name) for name in ("qweight", "W_q", "codes", "weight") if hasattr(base, name))
 
 
 def dequantised(base: nn.Module, row: Row) -> torch.Tensor:

@@ -110,6 +110,17 @@ def test_reads_what_torchao_reads(form, dtype):
     check_reading(weight, own_matrix(layer))
 
 
+def test_reads_in_inference_mode(form):
+    weight = find_weight(linear(form))
+    dense = weight.dense()
+    with torch.inference_mode():
+        assert torch.equal(weight.dense(), dense) and torch.equal(weight.rows(3, 9), dense[3:9])
+        snapshot = weight.snapshot()
+    weight.write(torch.ones(OUT, FEATURES))
+    weight.restore(snapshot)
+    assert torch.equal(weight.dense(), dense)
+
+
 def test_rows_build_no_more_than_the_blocks_they_need(form, monkeypatch):
     layer = linear(form)
     kind = type(layer.weight)

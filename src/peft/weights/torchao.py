@@ -62,27 +62,26 @@ class TorchaoWeight(BaseWeight):
         return float8 or any(getattr(weight, name, None) is not None for name in _ACTIVATIONS)
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self._read(0, self.shape[0], dtype)
+        return self.rows(0, self.shape[0], dtype)
 
     def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         self._check_rows(a, b)
-        return self._read(a, b, dtype)
+        with torch.inference_mode(False), torch.no_grad():  # torchao's tensors cannot be cut in inference mode
+            block = self._read(a, b)
+        return block if dtype is None else block.to(dtype)
 
-    @torch.no_grad()
-    def _read(self, a: int, b: int, dtype: torch.dtype | None) -> torch.Tensor:
+    def _read(self, a: int, b: int) -> torch.Tensor:
         weight = self.layer.weight.detach()
         if a == b:
-            block = torch.empty(0, self.shape[1], dtype=self.dtype, device=self.device)
-        elif _dequantises(weight):
-            block = _dequantised_rows(weight, a, b)
-        elif self._rounds_input():
+            return torch.empty(0, self.shape[1], dtype=self.dtype, device=self.device)
+        if _dequantises(weight):
+            return _dequantised_rows(weight, a, b)
+        if self._rounds_input():
             raise TypeError(
                 f"a torchao {type(weight).__name__} that rounds its input cannot be read: it has no dequantize(). "
                 "Quantise the layer by a configuration that leaves activations as they are"
             )
-        else:
-            block = read_through(lambda unit: F.linear(unit, weight), self.shape, (a, b), self.dtype, self.device)
-        return block if dtype is None else block.to(dtype)
+        return read_through(lambda unit: F.linear(unit, weight), self.shape, (a, b), self.dtype, self.device)
 
     def why_read_only(self) -> str | None:
         if type(self.layer.weight).__name__ in _REQUANTISE:
@@ -113,6 +112,7 @@ class TorchaoWeight(BaseWeight):
             fresh.act_pre_scale = scale
         self._put(fresh)
 
+    @torch.inference_mode(False)
     def snapshot(self) -> torch.Tensor:
         return self.layer.weight.detach().clone()
 
