@@ -1,6 +1,8 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """Layers that torchao quantised: read, written and restored, and adapters on them trained, merged and saved."""
 
+import importlib.util
+
 import pytest
 import torch
 from storage import (
@@ -52,10 +54,11 @@ FORMATS = {
 }
 # With activations in float8, which torchao only does on a GPU of compute capability 8.9 or above.
 GPU_FORMATS = {
+    "int4 plain": (lambda device: ao.Int4WeightOnlyConfig(group_size=32), 0.15),  # needs mslk
     "float8 dynamic": (lambda device: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()), 0.08),
 }
 ROUNDS_INPUT = {"int8 dynamic", "intx 4 dynamic", "float8 dynamic"}
-HAS_NO_DEQUANTIZE = {"int4"}
+HAS_NO_DEQUANTIZE = {"int4", "int4 plain"}
 OUT, FEATURES = 96, 128
 METHODS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -72,6 +75,8 @@ def form(request):
     name, device = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if name == "int4 plain" and importlib.util.find_spec("mslk") is None:
+        pytest.skip("needs mslk")
     config, room = {**FORMATS, **GPU_FORMATS}[name]
     return name, device, lambda layer: ao.quantize_(layer, config(device)), room
 
@@ -102,7 +107,7 @@ def own_matrix(layer):
 
 @DTYPES
 def test_reads_what_torchao_reads(form, dtype):
-    if form[0] == "int4" and form[1] == "cuda" and dtype != torch.bfloat16:
+    if form[0].startswith("int4") and form[1] == "cuda" and dtype != torch.bfloat16:
         pytest.skip("torchao's int4 on a GPU is for bfloat16")
     layer = linear(form, dtype=dtype)
     weight = find_weight(layer)
@@ -134,7 +139,7 @@ def test_rows_build_no_more_than_the_blocks_they_need(form, monkeypatch):
 
 @DTYPES
 def test_writes_as_torchao_quantises_and_restores_every_byte(form, dtype):
-    if form[0] == "int4" and form[1] == "cuda" and dtype != torch.bfloat16:
+    if form[0].startswith("int4") and form[1] == "cuda" and dtype != torch.bfloat16:
         pytest.skip("torchao's int4 on a GPU is for bfloat16")
     layer = linear(form, dtype=dtype)
     weight, parameter = find_weight(layer), layer.weight
@@ -158,6 +163,14 @@ def test_a_class_that_cannot_be_written_refuses_before_anything_changes(form, mo
         find_weight(layer.get_base_layer()).write(torch.zeros(OUT, FEATURES))
 
 
+def test_int4_is_stored_in_the_class_that_the_device_has(form):
+    if not form[0].startswith("int4"):
+        pytest.skip("int4 alone has several classes")
+    expected = {"cpu": "Int4OpaqueTensor", "cuda": "Int4TilePackedTo4dTensor"}
+    kind = "Int4Tensor" if form[0] == "int4 plain" else expected[form[1]]
+    assert type(linear(form).weight).__name__ == kind
+
+
 def test_direct_where_no_activation_is_rounded(form):
     layer = linear(form)
     weight = find_weight(layer)
@@ -170,7 +183,7 @@ def test_direct_where_no_activation_is_rounded(form):
 @METHODS
 def test_trains_as_on_dense_layers(form, dora):
     room = 0.02 if form[0] in ROUNDS_INPUT else 0.01
-    dtype = torch.bfloat16 if form[1] == "cuda" else torch.float32
+    dtype = torch.bfloat16 if form[1] == "cuda" else torch.float32  # torchao's int4 on a GPU is for bfloat16
     room = max(room, 0.05) if form[1] == "cuda" else room
     check_training(lambda: model(form, dtype), rows_of_input(form, dtype), room, use_dora=dora)
 
