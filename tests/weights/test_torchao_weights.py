@@ -19,6 +19,7 @@ from storage import (
 )
 from torch import nn
 
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import Linear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.weights import find_weight
@@ -247,8 +248,6 @@ def test_layer_is_a_subclass_of_linear_and_keeps_the_configuration(form):
     assert type(layer) is TorchaoLoraLinear and isinstance(layer, Linear)
     assert layer.get_apply_tensor_subclass is None
     make = object()
-    from peft import LoraConfig
-
     layer = TorchaoLoraLinear(linear(form), "x", config=LoraConfig(), r=2, get_apply_tensor_subclass=make)
     assert layer.get_apply_tensor_subclass is make
 
@@ -272,3 +271,36 @@ def test_nf4_of_torchao_is_refused_by_name():
     layer.weight = nn.Parameter(ao.to_nf4(layer.weight.detach()), requires_grad=False)
     with pytest.raises(TypeError, match="NF4Tensor.*bitsandbytes"):
         find_weight(layer)
+
+
+@METHODS
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_a_model_that_transformers_quantised(config, dora, tmp_path):
+    """Loaded with `TorchAoConfig`, trained, saved, loaded again, merged and unmerged."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, **shape)
+    LlamaForCausalLM(tiny).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+
+    def load():
+        settings = {"quantization_config": TorchAoConfig(getattr(ao, config)()), "dtype": torch.bfloat16}
+        return prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **settings))
+
+    asked = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", use_dora=dora, init_lora_weights=False)
+    tuned = get_peft_model(load(), asked)
+    for layer in lora_layers(tuned):
+        assert type(layer) is TorchaoLoraLinear and layer.get_apply_tensor_subclass is not None
+    ids = torch.randint(0, 128, (2, 8))
+    tuned(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in tuned.named_parameters() if "lora_" in name)
+    tuned.eval()
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        tuned.save_pretrained(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        tuned.merge_adapter(safe_merge=True)
+        assert relative(tuned(input_ids=ids).logits, expected) < 0.1
+        tuned.unmerge_adapter()
+        assert torch.equal(tuned(input_ids=ids).logits, expected)
