@@ -47,6 +47,7 @@ bench: $(VENV)/.ready-bench  ## measure beside upstream, check the rows, draw th
 	$(PY) benchmarks/table.py --write
 
 docs: $(VENV)/.ready-docs  ## build the documentation into docs/build
+	$(PY) docs/formats.py --write
 	$(PY) -m sphinx -W --keep-going -q -b html docs/source docs/build
 	@echo "docs/build/index.html"
 

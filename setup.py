@@ -25,12 +25,15 @@ REQUIREMENTS = [
 ]
 
 BNB = ["bitsandbytes>=0.49.0"]
+HQQ = ["hqq>=0.2.8"]
+# Storage formats whose libraries install and quantise on a CPU.
+FORMATS = [*HQQ, "torchao>=0.18.0", "compressed-tensors>=0.20.0", "aqlm>=1.1.7", "neural-compressor-pt>=3.10"]
 TRITON = ["triton>=3.6.0; platform_system == 'Linux'"]
 QUALITY = ["ruff>=0.14"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo"]
 EXAMPLES = ["datasets>=4.0", "tokenizers", *BNB]
 PLOTS = ["matplotlib"]
-TEST = ["pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized", *EXAMPLES, *PLOTS, *TRITON]
+TEST = ["pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized", *EXAMPLES, *PLOTS, *TRITON, *FORMATS]
 
 setup(
     name="peft",
@@ -48,6 +51,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "bnb": BNB,
+        "hqq": HQQ,
         "triton": TRITON,
         "examples": EXAMPLES,
         "finetune": [*EXAMPLES, *TRITON],

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantisers import QUANTISERS, Quantiser
+
 UPSTREAM = "0.21.2"  # the release whose interface and numbers ours match
 
 
@@ -25,14 +27,22 @@ class Format:
     Args:
         name: As it stands in test ids.
         dtype: What goes into the layer and comes out of it; for plain weights also their own dtype.
-        quant: `"nf4"`, `"fp4"` or `"int8"`; None for plain weights.
+        quant: A key of `quantisers.QUANTISERS`: `"nf4"`, `"fp4"`, `"int8"`, `"hqq"`, `"gptq"`,
+            `"awq"`, `"torchao"`, `"compressed"`, `"aqlm"`; None for plain weights.
         nested: Whether the scales of a 4-bit weight are themselves quantised.
+        settings: What else the quantiser is told.
     """
 
     name: str
     dtype: torch.dtype
     quant: str | None = None
     nested: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantiser(self) -> Quantiser | None:
+        """The library that stores the weight, asked directly; None for plain weights."""
+        return None if self.quant is None else QUANTISERS[self.quant]
 
 
 FORMATS = {
@@ -47,11 +57,48 @@ FORMATS = {
         Format("fp4-nested", torch.float32, "fp4", nested=True),
         Format("int8", torch.float32, "int8"),
         Format("int8-bf16", torch.bfloat16, "int8"),
+        Format("hqq4", torch.float32, "hqq", settings={"nbits": 4, "group_size": 16, "axis": 1}),
+        Format("hqq4-across", torch.float16, "hqq", settings={"nbits": 4, "group_size": 64, "axis": 0}),
+        Format("hqq8", torch.bfloat16, "hqq", settings={"nbits": 8, "group_size": 32, "axis": 1}),
+        Format("gptq4", torch.float16, "gptq", settings={"bits": 4, "group_size": 16}),
+        Format("gptq4-act-order", torch.float32, "gptq", settings={"bits": 4, "group_size": 16, "desc_act": True}),
+        Format("gptq3", torch.float16, "gptq", settings={"bits": 3, "group_size": 32}),
+        Format("gptq8", torch.bfloat16, "gptq", settings={"bits": 8, "group_size": 64, "desc_act": True}),
+        Format("awq4", torch.float16, "awq", settings={"bits": 4, "group_size": 16}),
+        Format("awq8", torch.bfloat16, "awq", settings={"bits": 8, "group_size": 32}),
+        Format("hqq3", torch.float32, "hqq", settings={"nbits": 3, "group_size": 8, "axis": 0}),
+        Format("ao-int8", torch.float32, "torchao", settings={"config": "Int8WeightOnlyConfig"}),
+        Format("ao-int8-bf16", torch.bfloat16, "torchao", settings={"config": "Int8WeightOnlyConfig"}),
+        Format("ao-float8", torch.bfloat16, "torchao", settings={"config": "Float8WeightOnlyConfig"}),
+        Format(
+            "ao-int4",
+            torch.float32,
+            "torchao",
+            settings={"config": "IntxWeightOnlyConfig", "weight_dtype": torch.int4, "group_size": 32},
+        ),
+        Format("ct-int8", torch.float32, "compressed", settings={"num_bits": 8, "strategy": "channel"}),
+        Format(
+            "ct-int4",
+            torch.bfloat16,
+            "compressed",
+            settings={"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        ),
+        Format(
+            "aqlm",
+            torch.float32,
+            "aqlm",
+            settings={"in_group_size": 8, "out_group_size": 1, "num_codebooks": 2, "nbits_per_codebook": 6},
+        ),
     )
 }
 FLOATS = ("fp32", "fp16", "bf16")
 FOUR_BIT = ("nf4", "nf4-nested", "fp4", "fp4-nested")
 EIGHT_BIT = ("int8", "int8-bf16")
+HQQ = ("hqq4", "hqq4-across", "hqq8", "hqq3")
+GPTQ = ("gptq4", "gptq4-act-order", "gptq3", "gptq8")
+AWQ = ("awq4", "awq8")
+TORCHAO = ("ao-int8", "ao-int8-bf16", "ao-float8", "ao-int4")
+COMPRESSED = ("ct-int8", "ct-int4")
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -101,9 +148,9 @@ class Layer:
             return Wrapped(self.build()).to(device=device, dtype=form.dtype)
         # Marked as transformers marks the models that it loads quantised.
         model = Wrapped(self.build(form)).to(form.dtype)
-        setattr(model, "is_loaded_in_8bit" if form.quant == "int8" else "is_loaded_in_4bit", True)
-        model = model.to(device)
-        return model
+        if form.quantiser.mark is not None:
+            setattr(model, form.quantiser.mark, True)
+        return form.quantiser.move(model, device)
 
     def input(self, form: Format, device: str = "cpu", seed: int = 1) -> torch.Tensor:
         """An input that depends on `seed` alone; a leaf that asks for its gradient where it is floating-point."""
@@ -122,19 +169,9 @@ def _transformers_conv1d() -> nn.Module:
     return layer
 
 
-def _linear4bit(form: Format) -> nn.Module:
-    import bitsandbytes as bnb
-
+def _quantised(form: Format) -> nn.Module:
     # On some CPUs bitsandbytes packs a weight anew for inference, which takes a multiple of 32 output features.
-    return bnb.nn.Linear4bit(
-        64, 96, compute_dtype=form.dtype, quant_type=form.quant, compress_statistics=form.nested
-    )  # fmt: skip
-
-
-def _linear8bit(form: Format) -> nn.Module:
-    import bitsandbytes as bnb
-
-    return bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False)
+    return form.quantiser.build(nn.Linear(64, 96).requires_grad_(False), form)
 
 
 def _conv(name: str, dims: int, size: int, in_channels: int = 4, out_channels: int = 6, **kwargs: Any) -> Layer:
@@ -173,8 +210,14 @@ LAYERS = {
         _conv("conv2d_depthwise", 2, 6, out_channels=8, kernel_size=3, groups=4, padding=1),
         _conv("conv3d", 3, 5, kernel_size=(3, 2, 1)),
         _conv("conv3d_all", 3, 6, kernel_size=2, stride=2, padding=1, dilation=2),
-        Layer("linear4bit", _linear4bit, (2, 3, 64), FOUR_BIT),
-        Layer("linear8bit", _linear8bit, (2, 3, 64), EIGHT_BIT),
+        Layer("linear4bit", _quantised, (2, 3, 64), FOUR_BIT),
+        Layer("linear8bit", _quantised, (2, 3, 64), EIGHT_BIT),
+        Layer("hqq_linear", _quantised, (2, 3, 64), HQQ),
+        Layer("gptq_linear", _quantised, (2, 3, 64), GPTQ),
+        Layer("awq_linear", _quantised, (2, 3, 64), AWQ),
+        Layer("torchao_linear", _quantised, (2, 3, 64), TORCHAO),
+        Layer("compressed_linear", _quantised, (2, 3, 64), COMPRESSED),
+        Layer("aqlm_linear", _quantised, (2, 3, 64), ("aqlm",)),
     )
 }
 
@@ -242,18 +285,27 @@ class Row:
         without = set()
         if self.layer.kind == "embedding":
             without.add("lora_bias")  # an embedding has no bias to merge into: refused, in every release
-        if self.form.dtype == torch.float32 or self.form.quant == "int8":
+        if self.form.dtype == torch.float32 or self.form.quant in ("int8", "gptq", "awq"):
             without.add("low_precision")  # the base's dtype is float32, or no floating-point one
+        if self.form.quant is not None and self.form.quantiser.requantised is None:
+            without |= {*MERGES, "lora_bias", "disabled"}  # whose tests merge
         return tuple(state for state in STATES if state not in without)
 
     def options(self, **more: Any) -> dict[str, Any]:
         """Arguments of a `LoraConfig` for the model of this row."""
         return {"target_modules": ["body"], "r": self.layer.rank, "lora_alpha": 5, **self.method.options, **more}
 
+    @property
+    def in_peer(self) -> bool:
+        """Whether the environment of upstream's release has what this row's format needs."""
+        return self.form.quant is None or self.form.quantiser.package == "bitsandbytes"
+
     def upstream(self, state: str) -> str | None:
         """Why upstream's release cannot be compared with in a state; None where it can."""
         if self.method.triton:
             return "upstream has no use_dora_triton; the row without it is compared"
+        if not self.in_peer:
+            return f"the peer's environment has no {self.form.quantiser.package}"
         return next((fault.reason for fault in UPSTREAM_FAULTS if fault.touches(self, state)), None)
 
 

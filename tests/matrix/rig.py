@@ -175,4 +175,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor; of a tensor subclass, those of its parts."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        return torch.cat([_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]])
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -22,24 +22,25 @@ from rig import (
     state_of,
 )
 from torch.nn import functional as F
-from truth import adapter_of, assert_as_good_as, dequantised, floor, gain, merged_rows, rows_of
+from truth import adapter_of, assert_as_good_as, dequantised, floor, gain, merged_rows, rows_of, stored
 
 from cases import Row, rows
 from peft import PeftModel, get_peft_model_state_dict
 
 INTERPRETED = os.environ.get("PEFT_MATRIX_INTERPRETED") == "1"  # set by test_interpreter.py, for a run of its own
 # Rows whose kernels run again under the Triton interpreter, which computes bf16 products wrongly.
-_INTERPRETED_FORMS = ("fp32", "fp16", "nf4", "fp4-nested", "int8")
+_INTERPRETED_FORMS = (
+    "fp32", "fp16", "nf4", "fp4-nested", "int8", "hqq4", "hqq4-across", "hqq3", "gptq4", "gptq4-act-order", "awq4"
+)  # fmt: skip
 _INTERPRETED_LAYERS = (
-    "linear",
-    "linear_nobias",
-    "transformers_conv1d",
-    "embedding",
-    "conv2d",
-    "linear4bit",
-    "linear8bit",
-)
+    "linear", "linear_nobias", "transformers_conv1d", "embedding", "conv2d", "linear4bit", "linear8bit", "hqq_linear",
+    "gptq_linear", "awq_linear",
+)  # fmt: skip
 _INTERPRETED_STATES = ("train", "dropout", "merged", "two_adapters", "saved")
+
+
+def is_installed(row: Row) -> bool:
+    return row.form.quant is None or importlib.util.find_spec(row.form.quantiser.package) is not None
 
 
 def in_state(state: str) -> pytest.MarkDecorator:
@@ -49,7 +50,8 @@ def in_state(state: str) -> pytest.MarkDecorator:
         if state not in row.states:
             continue
         small = row.method.triton and row.form.name in _INTERPRETED_FORMS and row.layer.name in _INTERPRETED_LAYERS
-        marks = [pytest.mark.interpreted] if small and state in _INTERPRETED_STATES else []
+        small = small and state in _INTERPRETED_STATES and is_installed(row)
+        marks = [pytest.mark.interpreted] if small else []
         params.append(pytest.param(row, "cpu", id=row.id, marks=marks))
         # Where there is no GPU, one state stands for all that is skipped.
         if torch.cuda.is_available() or (row.method.triton and state == "train"):
@@ -63,8 +65,8 @@ def environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if not INTERPRETED:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
-    if row is not None and row.form.quant is not None and importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
+    if row is not None and not is_installed(row):
+        pytest.skip(f"{row.form.quantiser.package} is not installed")
 
 
 def check_route(layer: torch.nn.Module, row: Row, device: str) -> None:
@@ -181,19 +183,7 @@ def requantised(matrix: torch.Tensor, row: Row, base: torch.nn.Module) -> torch.
     """What storing a matrix in the row's format leaves of it."""
     if row.form.quant is None:
         return matrix.to(row.form.dtype)
-    if row.form.quant == "int8":
-        scale = matrix.abs().amax(dim=1, keepdim=True) / 127
-        return torch.round(matrix / scale) * scale
-    import bitsandbytes.functional as bnb
-
-    state = base.weight.quant_state
-    packed, new = bnb.quantize_4bit(
-        matrix.to(state.dtype),
-        blocksize=state.blocksize,
-        compress_statistics=row.form.nested,
-        quant_type=row.form.quant,
-    )
-    return bnb.dequantize_4bit(packed, new)
+    return row.form.quantiser.requantised(matrix, base, row.form)
 
 
 def stored_rows(base: torch.nn.Module, row: Row) -> torch.Tensor:
@@ -252,7 +242,7 @@ def test_safe_merging(row: Row, device: str) -> None:
 def test_unmerging(row: Row, device: str) -> None:
     made = rig(row, device, names=("default", "second"))
     made.model.eval()
-    before, weight = state_of(made.layer.get_base_layer()), made.layer.get_base_layer().weight
+    before, weight = state_of(made.layer.get_base_layer()), stored(made.layer.get_base_layer())
     with torch.no_grad():
         y = made.model(made.x)
         made.layer.merge(adapter_names=["default"])
@@ -260,7 +250,7 @@ def test_unmerging(row: Row, device: str) -> None:
         assert made.layer.merged_adapters == ["default", "second"]
         merged = stored_rows(made.layer.get_base_layer(), row).abs().max()
         made.model.unmerge_adapter()
-        assert not made.layer.merged and made.layer.get_base_layer().weight is weight
+        assert not made.layer.merged and stored(made.layer.get_base_layer()) is weight
         after = state_of(made.layer.get_base_layer())
         if row.form.quant is not None or row.layer.groups > 1:
             assert_same_bits(after, before)
@@ -304,7 +294,7 @@ def test_disabling(row: Row, device: str) -> None:
             exact = row.form.quant is not None or row.layer.groups > 1
             room = 0.0 if exact else floor(row.form.dtype, made.dense().weight, 40) * 64
             assert (y - base).abs().max() <= room
-    assert same_bits(made.model.unload().body.weight, made.layer.get_base_layer().weight)
+    assert same_bits(stored(made.model.unload().body), stored(made.layer.get_base_layer()))
 
 
 @in_state("two_adapters")

@@ -77,18 +77,17 @@ def dense_base(base: nn.Module, row: Row) -> nn.Module:
         plain.weight.copy_(dequantised(base, row))
         if base.bias is not None:
             plain.bias.copy_(base.bias)
-    return plain.to(base.weight.device)
+    return plain.to(stored(base).device)
+
+
+def stored(base: nn.Module) -> torch.Tensor:
+    """The tensor that holds a base layer's weight, packed or not."""
+    return next(getattr(base, name) for name in ("qweight", "W_q", "codes", "weight") if hasattr(base, name))
 
 
 def dequantised(base: nn.Module, row: Row) -> torch.Tensor:
-    """The dense weight `[out, in]` of a quantised layer, by bitsandbytes alone."""
-    import bitsandbytes.functional as bnb
-
-    if row.form.quant == "int8":
-        scales = base.weight.SCB if base.weight.SCB is not None else base.state.SCB
-        data = base.weight.data if base.state.CB is None else base.state.CB
-        return data.double() * scales.double()[:, None] / 127
-    return bnb.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
+    """The dense weight `[out, in]` of a quantised layer, by its library alone."""
+    return row.form.quantiser.dense(base).double()
 
 
 def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:

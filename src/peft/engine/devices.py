@@ -27,10 +27,11 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
     if hasattr(layer, "get_param"):  # one parameter of it is adapted, which may have any name
         parameter = layer.get_param()
         return parameter.device, parameter.dtype if parameter.dtype.is_floating_point else None
-    for attribute in ("weight", "qweight", "in_proj_weight"):
+    for attribute in ("weight", "qweight", "W_q", "weight_packed", "in_proj_weight"):
         weight = getattr(base_layer, attribute, None)
         if isinstance(weight, torch.Tensor):
-            floating = weight.dtype.is_floating_point or weight.dtype.is_complex
+            # float8 is a storage format, in which no adapter can be trained
+            floating = (weight.dtype.is_floating_point and weight.dtype.itemsize > 1) or weight.dtype.is_complex
             return weight.device, weight.dtype if floating else getattr(base_layer, "compute_dtype", None)
     first = next(iter(base_layer.parameters()), None)
     return (None, None) if first is None else (first.device, None)

@@ -68,7 +68,8 @@ class BaseTunerLayer(ABC):
     @property
     def weight(self) -> torch.Tensor:
         base_layer = self.get_base_layer()
-        return base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
+        packed = next((name for name in ("qweight", "W_q") if hasattr(base_layer, name)), "weight")
+        return getattr(base_layer, packed)
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -68,8 +68,12 @@ class AdapterLayer(BaseTunerLayer):
             return type(self)._forward_base
         return type(self)._forward_general
 
+    def call_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output of the module that this layer wraps."""
+        return self.base_layer(x, *args, **kwargs)
+
     def _forward_base(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x)
+        return self.call_base(x)
 
     def _forward_general(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -78,10 +82,10 @@ class AdapterLayer(BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self.call_base(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **adapter_kwargs, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        y = self.call_base(x, *args, **kwargs)
         if self.merged:
             return y
         dtype = y.dtype
@@ -95,7 +99,7 @@ class AdapterLayer(BaseTunerLayer):
     ) -> torch.Tensor:
         """One batch whose rows use different adapters: `adapter_names[i]` for row `i`, `__base__` for none."""
         adapter_kwargs = self._adapter_kwargs(kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        y = self.call_base(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name == BASE_ADAPTER or not self.has_adapter(name):
                 continue
@@ -172,9 +176,13 @@ class AdapterLayer(BaseTunerLayer):
         """
         for name in names:
             method = self.method(name) if self.has_adapter(name) else None
-            why_not = None if method is None else method.why_not_foldable(self, name)
+            why_not = None if method is None else method.why_not_foldable(self, name) or self._why_not_writable()
             if why_not is not None:
                 raise method.refusal(f"Adapter {name!r} cannot be merged into {type(self).__name__}: {why_not}")
+
+    def _why_not_writable(self) -> str | None:
+        """Why no new base weight can be stored, None where one can."""
+        return find_weight(self.get_base_layer()).why_read_only()
 
     def unmerge(self) -> None:
         """Take every merged adapter out of the base weight again, the last one first.
@@ -213,7 +221,7 @@ class AdapterLayer(BaseTunerLayer):
         base_layer = self.get_base_layer()
         weight = find_weight(base_layer)
         data = weight.dense() if weight.lossy else base_layer.weight.data
-        bias = getattr(base_layer, "bias", None)
+        bias = weight.bias
         wide = torch.float64 if data.dtype == torch.float64 else torch.float32
         return Folded(data.to(wide), None if bias is None else bias.data.to(wide))
 

@@ -99,13 +99,8 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
     Raises:
         TypeError: The layer keeps its weight in a format that is not supported.
     """
-    if hasattr(module, "W_q"):
-        return module.dequantize()
-    weight = getattr(module, "weight", None)
-    if is_torchao_tensor(weight):
-        return weight.dequantize()
     found = find_weight(module)
-    return found.dense() if found.lossy else weight
+    return found.dense() if found.lossy else module.weight
 
 
 def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
@@ -127,11 +122,6 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tens
         stored = int8_state_of(weight, state)
         return weight.detach() if stored is None else dequantise_8bit(*stored)
     raise TypeError(f"weight must be a Params4bit or Int8Params of bitsandbytes, got {type(weight).__name__}")
-
-
-def is_torchao_tensor(weight: Any) -> bool:
-    """True for a tensor of one of torchao's own classes, which all have `dequantize`."""
-    return isinstance(weight, torch.Tensor) and type(weight).__module__.partition(".")[0] == "torchao"
 
 
 # How parameters were registered outside the contexts of `init_empty_weights` that are open now, the outermost first.

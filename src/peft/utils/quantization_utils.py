@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from peft.utils.integrations import is_torchao_tensor
 from peft.weights import find_weight
+from peft.weights.torchao import is_torchao_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,34 +80,20 @@ class Bnb8bitBackend(_StoredBackend):
     supports_merge = True
 
 
-class HqqBackend(QuantizationBackend):
+class HqqBackend(_StoredBackend):
     """HQQ's `HQQLinear`."""
 
     layer_type: LayerType = "linear"
     backend_name = "hqq"
     supports_merge = True
 
-    def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
-        return base_layer.dequantize()
 
-    def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
-        base_layer = peft_layer.get_base_layer()
-        plain = _linear_around(weight_data)
-        fresh = type(base_layer)(
-            plain,
-            quant_config={**base_layer.quant_config, "offload_meta": base_layer.offload_meta},
-            compute_dtype=base_layer.compute_dtype,
-            device=base_layer.device,
-        )
-        base_layer.W_q, base_layer.meta = fresh.W_q, fresh.meta
-
-
-class TorchaoBackend(QuantizationBackend):
+class TorchaoBackend(_StoredBackend):
     """Linear layers whose weight is a torchao tensor.
 
     Args:
         get_apply_tensor_subclass: Gives the torchao configuration to quantise with; transformers' `TorchAoConfig` has a
-            method of this name. None: the weight can be read, not written.
+            method of this name. None: a weight is quantised anew by what its tensor says of itself.
     """
 
     layer_type: LayerType = "linear"
@@ -117,15 +103,10 @@ class TorchaoBackend(QuantizationBackend):
     def __init__(self, get_apply_tensor_subclass: Callable[[], Any] | None) -> None:
         self.get_apply_tensor_subclass = get_apply_tensor_subclass
 
-    def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
-        return base_layer.weight.dequantize()
-
     def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
         if self.get_apply_tensor_subclass is None:
-            raise ValueError(
-                "a torchao weight cannot be written without its configuration: get_apply_tensor_subclass is None. Load "
-                "the model with `quantization_config=TorchAoConfig(...)`, or pass get_apply_tensor_subclass"
-            )
+            super().set_base_weight(peft_layer, weight_data)
+            return
         from torchao.quantization import quantize_
 
         base_layer = peft_layer.get_base_layer()

@@ -3,6 +3,6 @@
 that reads, writes and keeps the layer's weight as a logical matrix [out, in], however its bytes are stored."""
 
 from .base import BaseWeight, Packed
-from .find import find_weight
+from .find import find_weight, is_a
 
-__all__ = ["BaseWeight", "Packed", "find_weight"]
+__all__ = ["BaseWeight", "Packed", "find_weight", "is_a"]

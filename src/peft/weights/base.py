@@ -19,18 +19,33 @@ class Packed:
     """The stored bytes of a quantised weight, as kernels read them. All tensors are the live ones, not copies.
 
     Attributes:
-        kind: "nf4" or "fp4" (two codes a byte, the first in the high half, in row-major order of [out, in]) or "int8"
-            (one byte an element, row-major).
-        data: Flat uint8 [ceil(out * in / 2)] for 4 bit; int8 [out, in] for "int8".
+        kind: "nf4" or "fp4" (two codes a byte, the first in the high half, in row-major order of [out, in]), "int8"
+            (one byte an element, row-major), or integers q of `bits` bits in groups, w = (q - z) * s: "gptq", "awq" or
+            "hqq".
+        data: Flat uint8 [ceil(out * in / 2)] for "nf4" and "fp4"; int8 [out, in] for "int8". For "gptq" int32
+            [ceil(in * bits / 32), out], a stream of bits down each column, the first integer in the lowest bits. For
+            "awq" int32 [in, ceil(out * bits / 32)], a stream along each row, every eight 4-bit integers of it in the
+            order 0, 2, 4, 6, 1, 3, 5, 7. For "hqq" integers [plane_rows, in]: row r of the matrix stands in row
+            r % plane_rows, and the rows that share one have their integers side by side, the first in the highest bits.
         shape: (out, in).
         dtype: The dtype that the format dequantises to when none is asked for.
-        blocksize: Consecutive elements that share one scale; 4 bit only.
+        blocksize: Consecutive elements that share one scale: of the flattened matrix, or of a row of it for the grouped
+            kinds. None where `groups` or `cycle_rows` tells.
         code: Float32 [16], the value of each code; 4 bit only.
         absmax: 4 bit only. Float32 [blocks], or uint8 [blocks] when `nested` is given.
         nested: `(absmax, code, blocksize, offset)` of the scales' own quantisation, else None: the scale of block `i` is
             `nested.code[absmax[i]] * nested.absmax[i // nested.blocksize] + offset`. Float32 [blocks of blocks],
             float32 [256], int, float32 [].
         scb: "int8" only. Float32 [out], the largest magnitude of each row: `w = data * scb / 127`.
+        bits: Grouped kinds only, as all that follows: bits of an integer.
+        scales: s: [groups, out]; for "hqq" flat, in the order of the groups.
+        zeros: z: int32 [groups, ceil(out * bits / 32)], streams along each row in the order that `data` of "awq" has for
+            "awq"; for "hqq" numbers, as `scales`.
+        groups: int32 [in], the group of each input feature; None where `blocksize` tells.
+        planes: "hqq" only: how many rows share one of `data`; the last ones may lie beyond the matrix.
+        plane_rows: "hqq" only.
+        cycle_rows: "hqq" only: row r has the groups `(r % cycle_rows) * in` and following, one an element; None where
+            `blocksize` tells.
     """
 
     kind: str
@@ -42,6 +57,13 @@ class Packed:
     absmax: torch.Tensor | None = None
     nested: tuple[torch.Tensor, torch.Tensor, int, torch.Tensor] | None = None
     scb: torch.Tensor | None = None
+    bits: int | None = None
+    scales: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    planes: int | None = None
+    plane_rows: int | None = None
+    cycle_rows: int | None = None
 
 
 class SameObject:
@@ -139,9 +161,19 @@ class BaseWeight(ABC):
         return parameters["bias"] if "bias" in parameters else getattr(self.layer, "bias", None)
 
     @property
+    def trainable(self) -> bool:
+        """True when the weight itself asks for a gradient."""
+        return self.layer.weight.requires_grad
+
+    @property
     def compute_dtype(self) -> torch.dtype | None:
         """The dtype that the layer casts its input to before the product (and back after it); None: no cast."""
         return None
+
+    @property
+    def differentiable(self) -> bool:
+        """False where autograd does not get through the layer's own forward pass to its input."""
+        return True
 
     @property
     @abstractmethod
@@ -171,6 +203,10 @@ class BaseWeight(ABC):
         Raises:
             ValueError: The shape is not (out, in), or the dtype is not a floating one.
         """
+
+    def why_read_only(self) -> str | None:
+        """Why `write` refuses any matrix, a full sentence with the remedy; None where the format can be written."""
+        return None
 
     @abstractmethod
     def snapshot(self) -> Any:

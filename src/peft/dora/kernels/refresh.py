@@ -17,10 +17,11 @@ from .row_norm import PLAIN, Source, sum_squares
 from .tiles import ceil_div, norm_tiles, rank_block
 
 # The columns of the table that tells the kernels where each member's tensors are.
-A, B, ELEMENTS_A, ELEMENTS_B, COPY_A, COPY_B, CAST_BLOCK = range(7)
-WEIGHT, SCALE, CODE, OUTER, OUTER_CODE, OFFSET = range(7, 13)
-MAGNITUDE, SCALING, OUT, IN, STRIDE_M, STRIDE_K, STATS, NORM_BLOCK = range(13, 21)
-COLUMNS = 24
+A, B, ELEMENTS_A, ELEMENTS_B = (tl.constexpr(i) for i in range(4))
+COPY_A, COPY_B, CAST_BLOCK, NORM_BLOCK = (tl.constexpr(i) for i in range(4, 8))
+WEIGHT, SCALE, CODE, OUTER, OUTER_CODE, OFFSET, ZERO, GROUP = (tl.constexpr(i) for i in range(8, 16))
+MAGNITUDE, SCALING, OUT, IN, SIZE_M, SIZE_K, STATS = (tl.constexpr(i) for i in range(16, 23))
+COLUMNS = tl.constexpr(24)
 
 SLOTS = 3  # digests of the last pass, of this one, and the zeros that the next one adds to
 ALIGNED = 16  # elements; so that every tensor in a shared buffer starts at a multiple of 16 bytes at least
@@ -75,21 +76,21 @@ def digest_of(b_value, o, m):
 @triton.jit(do_not_specialize=["owners", "slot"])
 def cast_fwd_kernel(
     table_ptr, copy_ptr, digest_ptr, owners, slot, members,
-    SOURCE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    SOURCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_member = tl.load(table_ptr + owners + i)
     p_row = table_ptr + i_member * COLUMNS
-    block = i - tl.load(p_row + 6)
-    elements_a = tl.load(p_row + 2)
+    block = i - tl.load(p_row + CAST_BLOCK)
+    elements_a = tl.load(p_row + ELEMENTS_A)
     blocks_a = tl.cdiv(elements_a, BLOCK)
     is_b = block >= blocks_a
     o = tl.where(is_b, block - blocks_a, block) * BLOCK + tl.arange(0, BLOCK)
-    m = o < tl.load(p_row + 2 + is_b)
-    p_source = tl.multiple_of(tl.load(p_row + is_b).to(tl.pointer_type(SOURCE)), 4)
+    m = o < tl.load(p_row + ELEMENTS_A + is_b)
+    p_source = tl.multiple_of(tl.load(p_row + A + is_b).to(tl.pointer_type(SOURCE)), 4)
     b_x = tl.load(p_source + o, mask=m, other=0.0)  # [BLOCK]
     if copy_ptr is not None:
-        p_copy = copy_ptr + tl.multiple_of(tl.load(p_row + 4 + is_b), 16)
+        p_copy = copy_ptr + tl.multiple_of(tl.load(p_row + COPY_A + is_b), 16)
         b_x = b_x.to(copy_ptr.dtype.element_ty)
         tl.store(p_copy + o, b_x, mask=m)
     if digest_ptr is not None:
@@ -100,20 +101,21 @@ def cast_fwd_kernel(
 @triton.jit(do_not_specialize=["owners", "slot"])
 def norms_fwd_kernel(
     table_ptr, copy_ptr, digest_ptr, old_ptr, stats_ptr, owners, slot, members, floor,
-    FACTOR: tl.constexpr, WEIGHT: tl.constexpr, SCALE: tl.constexpr, MAGNITUDE: tl.constexpr,
-    LAYOUT: tl.constexpr, EVEN_IN: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, ROUND: tl.constexpr,
-    RANK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    FACTOR_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr, ZERO_TYPE: tl.constexpr,
+    GROUP_TYPE: tl.constexpr, MAGNITUDE_TYPE: tl.constexpr, LAYOUT: tl.constexpr, EVEN_IN: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr,
+    BITS: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_member = tl.load(table_ptr + owners + i)
     p_row = table_ptr + i_member * COLUMNS
-    out_features = tl.load(p_row + 15)
-    in_features = tl.load(p_row + 16)
+    out_features = tl.load(p_row + OUT)
+    in_features = tl.load(p_row + IN)
     if EVEN_IN:
         in_features = tl.multiple_of(in_features, 16)
-    stats = tl.multiple_of(tl.load(p_row + 19), 16)
-    first = i - tl.load(p_row + 20)
+    stats = tl.multiple_of(tl.load(p_row + STATS), 16)
+    first = i - tl.load(p_row + NORM_BLOCK)
     o_m = first * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < out_features
     # The old norm stands unless the digest of A and B is another one than at the last pass.
@@ -127,35 +129,40 @@ def norms_fwd_kernel(
         tl.store(digest_ptr + (slot + 1) % 3 * members + i_member, tl.zeros([], dtype=tl.int64), mask=first == 0)
     if stale:
         if copy_ptr is not None:
-            p_a = copy_ptr + tl.multiple_of(tl.load(p_row + 4), 16)
-            p_b = copy_ptr + tl.multiple_of(tl.load(p_row + 5), 16)
+            p_a = copy_ptr + tl.multiple_of(tl.load(p_row + COPY_A), 16)
+            p_b = copy_ptr + tl.multiple_of(tl.load(p_row + COPY_B), 16)
         else:
-            p_a = tl.load(p_row).to(tl.pointer_type(FACTOR))
-            p_b = tl.load(p_row + 1).to(tl.pointer_type(FACTOR))
-        p_w = tl.multiple_of(tl.load(p_row + 7).to(tl.pointer_type(WEIGHT)), 16)
-        p_scale = tl.load(p_row + 8).to(tl.pointer_type(SCALE))
-        p_code = tl.load(p_row + 9).to(tl.pointer_type(tl.float32))
-        p_outer = tl.load(p_row + 10).to(tl.pointer_type(tl.float32))
-        p_outer_code = tl.load(p_row + 11).to(tl.pointer_type(tl.float32))
-        p_offset = tl.load(p_row + 12).to(tl.pointer_type(tl.float32))
-        scaling = tl.load(p_row + 14).to(tl.int32).to(tl.float32, bitcast=True)
-        stride_m = tl.load(p_row + 17)
-        stride_k = tl.load(p_row + 18)
+            p_a = tl.load(p_row + A).to(tl.pointer_type(FACTOR_TYPE))
+            p_b = tl.load(p_row + B).to(tl.pointer_type(FACTOR_TYPE))
+        p_w = tl.multiple_of(tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)), 16)
+        p_scale = tl.load(p_row + SCALE).to(tl.pointer_type(SCALE_TYPE))
+        p_code = tl.load(p_row + CODE).to(tl.pointer_type(tl.float32))
+        p_outer = tl.load(p_row + OUTER).to(tl.pointer_type(tl.float32))
+        p_outer_code = tl.load(p_row + OUTER_CODE).to(tl.pointer_type(tl.float32))
+        p_offset = tl.load(p_row + OFFSET).to(tl.pointer_type(tl.float32))
+        p_zero = tl.load(p_row + ZERO).to(tl.pointer_type(ZERO_TYPE))
+        if GROUP_TYPE is None:
+            p_group = None
+        else:
+            p_group = tl.load(p_row + GROUP).to(tl.pointer_type(GROUP_TYPE))
+        scaling = tl.load(p_row + SCALING).to(tl.int32).to(tl.float32, bitcast=True)
+        size_m = tl.load(p_row + SIZE_M)
+        size_k = tl.load(p_row + SIZE_K)
         if LAYOUT == 0:
-            stride_k = 1
+            size_k = 1
         if LAYOUT == 1:
-            stride_m = 1
+            size_m = 1
         b_norm = tl.sqrt_rn(
             sum_squares(
-                p_w, p_scale, p_code, p_outer, p_outer_code, p_offset, p_a, p_b, o_m, scaling,
-                out_features, in_features, stride_m, stride_k,
-                FORMAT, BLOCKSIZE, NESTED, EVEN, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
+                p_w, p_scale, p_code, p_outer, p_outer_code, p_offset, p_zero, p_group, p_a, p_b, o_m, scaling,
+                out_features, in_features, size_m, size_k,
+                FORMAT, BLOCKSIZE, NESTED, EVEN, BITS, COUNT, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
             )
         )  # fmt: skip
     p_stats = stats_ptr + stats + o_m
     tl.store(p_stats, b_norm, mask=m_m)
-    if MAGNITUDE is not None:
-        p_magnitude = tl.load(p_row + 13).to(tl.pointer_type(MAGNITUDE))
+    if MAGNITUDE_TYPE is not None:
+        p_magnitude = tl.load(p_row + MAGNITUDE).to(tl.pointer_type(MAGNITUDE_TYPE))
         b_m = tl.load(p_magnitude + o_m, mask=m_m, other=0.0).to(tl.float32)
         b_gain = tl.where(b_norm == 0, 1.0, tl.div_rn(b_m, tl.where(b_norm == 0, 1.0, b_norm)))
         b_gain = tl.where(tl.abs(b_gain) < floor, floor, b_gain)
@@ -297,7 +304,7 @@ class Batch:
             launch = _cast_fwd.prepare(
                 (self.cast_blocks, 1, 1),
                 (self.cast_owners, self.slot, len(self.members)),
-                (LANGUAGE_TYPES[self.members[0].a.dtype], COLUMNS, self.block),
+                (LANGUAGE_TYPES[self.members[0].a.dtype], self.block),
                 keep=(self.launches, key),
             )
         launch(self.table, copy, digests)
@@ -327,7 +334,7 @@ class Batch:
             blocks = sum(ceil_div(factor.numel(), self.block) for factor in (member.a, member.b))
             cast_owners += [i] * blocks
             norm_owners += [i] * ceil_div(member.b.shape[0], self.tiles.block_m) if self.norms else []
-        self.cast_owners, self.cast_blocks = len(rows) * COLUMNS, len(cast_owners)
+        self.cast_owners, self.cast_blocks = len(rows) * COLUMNS.value, len(cast_owners)
         self.norm_owners, self.norm_blocks = self.cast_owners + len(cast_owners), len(norm_owners)
         flat = [entry for row in rows for entry in row]
         table = torch.tensor(flat + cast_owners + norm_owners, dtype=torch.int64)
@@ -337,34 +344,48 @@ class Batch:
         self.table = table.to(self.device, non_blocking=True)
 
     def _row(self, i: int, member: Member, cast_block: int, norm_block: int) -> list[int]:
-        row = [0] * COLUMNS
-        row[A], row[B] = member.a.data_ptr(), member.b.data_ptr()
-        row[ELEMENTS_A], row[ELEMENTS_B] = member.a.numel(), member.b.numel()
-        row[COPY_A], row[COPY_B] = self.copy_offsets[2 * i : 2 * i + 2]
-        row[CAST_BLOCK], row[NORM_BLOCK] = cast_block, norm_block
-        row[OUT], row[IN], row[STATS] = member.b.shape[0], member.a.shape[1], self.stats_offsets[i]
-        row[SCALING] = int(torch.tensor(member.scaling, dtype=torch.float32).view(torch.int32))
-        if member.magnitude is not None:
-            row[MAGNITUDE] = member.magnitude.data_ptr()
+        row = {
+            A: member.a.data_ptr(),
+            B: member.b.data_ptr(),
+            ELEMENTS_A: member.a.numel(),
+            ELEMENTS_B: member.b.numel(),
+            COPY_A: self.copy_offsets[2 * i],
+            COPY_B: self.copy_offsets[2 * i + 1],
+            CAST_BLOCK: cast_block,
+            NORM_BLOCK: norm_block,
+            OUT: member.b.shape[0],
+            IN: member.a.shape[1],
+            STATS: self.stats_offsets[i],
+            SCALING: int(torch.tensor(member.scaling, dtype=torch.float32).view(torch.int32)),
+            MAGNITUDE: 0 if member.magnitude is None else member.magnitude.data_ptr(),
+        }
         if member.source is not None:
-            row[WEIGHT : OFFSET + 1] = [0 if p is None else p.data_ptr() for p in member.source.pointers]
-            row[STRIDE_M], row[STRIDE_K] = member.source.strides
-        return row
+            columns = WEIGHT, SCALE, CODE, OUTER, OUTER_CODE, OFFSET, ZERO, GROUP
+            pointers = [0 if p is None else p.data_ptr() for p in member.source.pointers]
+            row |= dict(zip(columns, pointers, strict=True))
+            row[SIZE_M], row[SIZE_K] = member.source.sizes
+        entries = {column.value: value for column, value in row.items()}
+        return [entries.get(column, 0) for column in range(COLUMNS.value)]
 
     def _constants(self) -> tuple:
         first = self.members[0]
         source = first.source
-        scale = source.pointers[1]
+
+        def type_of(tensor: torch.Tensor | None) -> tl.dtype | None:
+            return None if tensor is None else LANGUAGE_TYPES[tensor.dtype]
+
+        data, scale, _, _, _, _, zero, group = source.pointers
         return (
             LANGUAGE_TYPES[self.dtype if self.copied else first.a.dtype],
-            LANGUAGE_TYPES[source.pointers[0].dtype],
-            tl.float32 if scale is None else LANGUAGE_TYPES[scale.dtype],
-            None if first.magnitude is None else LANGUAGE_TYPES[first.magnitude.dtype],
+            type_of(data),
+            type_of(scale) or tl.float32,
+            type_of(zero) or tl.float32,
+            type_of(group),
+            type_of(first.magnitude),
             layout_of(source),
             all(member.a.shape[1] % 16 == 0 for member in self.members),
             *source.constants,
             self.rank,
-            COLUMNS,
             self.tiles.block_m,
             self.tiles.block_k,
             rank_block(self.rank),
@@ -377,14 +398,15 @@ def kind_of(member: Member, dtype: torch.dtype) -> tuple:
     kind = (member.a.device, member.a.dtype, dtype, None if magnitude is None else magnitude.dtype)
     if source is None:
         return kind
-    data, scale = source.pointers[:2]
-    layout = source.constants, data.dtype, None if scale is None else scale.dtype, layout_of(source)
-    return (*kind, member.a.shape[0], *layout)
+    types = tuple(None if pointer is None else pointer.dtype for pointer in source.pointers)
+    return (*kind, member.a.shape[0], source.constants, types, layout_of(source))
 
 
 def layout_of(source: Source) -> int:
     """Which stride of a plain weight is one: the columns' (0), the rows' (1), none (2)."""
-    return 0 if source.strides[1] in (0, 1) else 1 if source.strides[0] == 1 else 2
+    if source.constants[0] != PLAIN:
+        return 2
+    return 0 if source.sizes[1] == 1 else 1 if source.sizes[0] == 1 else 2
 
 
 def row_norm(source: Source, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

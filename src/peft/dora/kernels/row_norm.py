@@ -10,15 +10,18 @@ import triton.language as tl
 
 from .packed4 import ROUNDINGS, load_weight4, packed4_args
 from .packed8 import load_weight8
+from .packed_groups import group_args, load_weight_groups
 
-PLAIN, FOUR_BIT, EIGHT_BIT = 0, 4, 8
+PLAIN, FOUR_BIT, EIGHT_BIT = 0, 4, 8  # and the layouts of packed_groups
+GROUPED = ("gptq", "awq", "hqq")
 
 
 @triton.jit
 def sum_squares(
-    w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, b_ptr, o_m, scaling,
-    out_features, in_features, stride_wm, stride_wk,
-    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr, ROUND: tl.constexpr,
+    w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, zero_ptr, group_ptr, a_ptr, b_ptr, o_m, scaling,
+    out_features, in_features, size_m, size_k,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr,
+    BITS: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Σ_k (W + s·BA)[o_m, k]² in float32."""
@@ -51,8 +54,13 @@ def sum_squares(
             )  # fmt: skip
         elif FORMAT == 8:
             b_w = load_weight8(w_ptr, scale_ptr, o_m, k, out_features, in_features, BLOCK_K)
+        elif FORMAT >= 32:
+            b_w = load_weight_groups(
+                w_ptr, scale_ptr, zero_ptr, group_ptr, o_m, k, out_features, in_features, size_m, size_k,
+                FORMAT, BLOCKSIZE, BITS, COUNT, ROUND, BLOCK_K,
+            )  # fmt: skip
         else:
-            p_w = w_ptr + o_m[:, None] * stride_wm + o_k[None, :].to(tl.int64) * stride_wk
+            p_w = w_ptr + o_m[:, None] * size_m + o_k[None, :].to(tl.int64) * size_k
             b_w = tl.load(p_w, mask=m_m[:, None] & m_k[None, :], other=0.0).to(tl.float32)
         b_sum = tl.where(m_k[None, :], b_w + scaling * b_delta, 0.0)  # [BLOCK_M, BLOCK_K]
         b_squares += b_sum * b_sum
@@ -63,14 +71,14 @@ class Source(NamedTuple):
     """A weight as the kernel takes it.
 
     Args:
-        pointers: Its data and what its scales need.
-        strides: Elements from row to row and from column to column; for plain weights.
-        constants: FORMAT, BLOCKSIZE, NESTED, EVEN, ROUND.
+        pointers: Its data and what its scales need: scale, code, outer scale, outer code, offset, zero point, group.
+        sizes: Elements from row to row and from column to column, of plain weights; plane_rows and cycle_rows of HQQ's.
+        constants: FORMAT, BLOCKSIZE, NESTED, EVEN, BITS, COUNT, ROUND.
     """
 
     pointers: tuple
-    strides: tuple[int, int]
-    constants: tuple[int, int, int, bool, int]
+    sizes: tuple[int, int]
+    constants: tuple[int, int, int, bool, int, int, int]
 
 
 def source_of(weight: Any, packed: Any) -> Source | None:
@@ -84,9 +92,14 @@ def source_of(weight: Any, packed: Any) -> Source | None:
         if weight.format != "plain":
             return None
         matrix = weight.dense()
-        return Source((matrix, None, None, None, None, None), matrix.stride(), (PLAIN, 0, 0, False, 0))
+        return Source((matrix, *[None] * 7), matrix.stride(), (PLAIN, 0, 0, False, 0, 0, 0))
     if packed.kind == "int8":
-        return Source((packed.data, packed.scb, None, None, None, None), (0, 0), (EIGHT_BIT, 0, 0, False, 0))
+        return Source((packed.data, packed.scb, *[None] * 6), (0, 0), (EIGHT_BIT, 0, 0, False, 0, 0, 0))
+    if packed.kind in GROUPED:
+        (words, scales, zeros, groups), sizes, (layout, *rest) = group_args(packed)
+        size, bits, count, rounding = rest
+        constants = layout, size, 0, False, bits, count, rounding
+        return Source((words, scales, *[None] * 4, zeros, groups), sizes, constants)
     scales, (blocksize, nested) = packed4_args(packed)
-    constants = (FOUR_BIT, blocksize, nested, packed.shape[1] % 2 == 0, ROUNDINGS.get(packed.dtype, 0))
-    return Source((packed.data, *scales), (0, 0), constants)
+    constants = (FOUR_BIT, blocksize, nested, packed.shape[1] % 2 == 0, 0, 0, ROUNDINGS.get(packed.dtype, 0))
+    return Source((packed.data, *scales, None, None), (0, 0), constants)

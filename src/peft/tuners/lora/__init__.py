@@ -9,13 +9,16 @@ from .config import (
     MontecloraConfig, VeloraConfig,
 )
 from .conversion import convert_to_lora, save_as_lora
+from .eetq import EetqLoraLinear
+from .gptq import GPTQLoraLinear
 from .eva import get_eva_state_dict, initialize_lora_eva_weights
 from .layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer, ParamWrapper
 from .loraga import preprocess_loraga
 from .model import LoraModel
 
 __all__ = [
-    "ArrowConfig", "BdLoraConfig", "Conv1d", "Conv2d", "Conv3d", "Embedding", "EvaConfig", "KasaConfig",
+    "ArrowConfig", "BdLoraConfig", "Conv1d", "Conv2d", "Conv3d", "EetqLoraLinear", "Embedding", "EvaConfig",
+    "GPTQLoraLinear", "KasaConfig",
     "Linear", "Linear4bit", "Linear8bitLt", "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraLayer",
     "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "ParamWrapper", "VeloraConfig",
     "convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga", "save_as_lora",

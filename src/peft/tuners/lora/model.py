@@ -23,7 +23,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.save_and_load import get_peft_model_state_dict
 from peft.utils.seams import public
 
-from . import bnb, layer, tied, tp_layer, weighted
+from . import aqlm, awq, bnb, eetq, gptq, hqq, inc, layer, te, tied, torchao, tp_layer, weighted
 from .config import LoraConfig
 from .parameters import find_parameters, inject_parameters
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
@@ -186,6 +186,14 @@ class LoraModel(BaseTuner):
             bnb.dispatch_bnb_8bit,
             bnb.dispatch_bnb_4bit,
             tp_layer.dispatch_megatron,
+            hqq.dispatch_hqq,
+            awq.dispatch_awq,
+            gptq.dispatch_gptq,
+            aqlm.dispatch_aqlm,
+            eetq.dispatch_eetq,
+            inc.dispatch_inc,
+            te.dispatch_transformer_engine,
+            torchao.dispatch_torchao,
             layer.dispatch_default,
         ]
         if lora_config._custom_modules:
@@ -197,8 +205,9 @@ class LoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         raise ValueError(
             f"{kwargs.get('target_name', 'The target')} is a {type(base).__name__}, which LoRA cannot adapt. It adapts "
-            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D and bitsandbytes' 4-bit and "
-            "8-bit linear layers: name such modules in target_modules."
+            "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D "
+            "and the linear layers of bitsandbytes, HQQ, GPTQ, AWQ, AQLM, EETQ, torchao, Intel Neural Compressor and "
+            "Transformer Engine: name such modules in target_modules."
         )
 
     # ---- new adapters from others ----------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class LoraLayer(AdapterLayer):
     weight_axis = 0  # which axis of the base weight, as the base layer stores it, counts output features
     channel_dim = -1  # which axis of an output does
     fan_in_fan_out = False
+    knows_qalora = False
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -103,8 +104,8 @@ class LoraLayer(AdapterLayer):
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer's output without its bias."""
-        y = self.base_layer(x)
-        bias = getattr(self.get_base_layer(), "bias", None)
+        y = self.call_base(x)
+        bias = self._base_bias()
         return y if bias is None else y - self._along_channels(bias.to(y.dtype), y)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +186,7 @@ class LoraLayer(AdapterLayer):
                 PeftWarning,
                 stacklevel=2,
             )
-        if config.use_qalora:
+        if config.use_qalora and not self.knows_qalora:
             warnings.warn(
                 f"use_qalora=True has no effect on {type(self).__name__}: QA-LoRA is for layers quantised by GPTQ.",
                 PeftWarning,

@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import Module
 
 from peft import dora
+from peft.engine.layer import BaseTunerLayer
 from peft.utils.other import transpose
 from peft.weights import BaseWeight, find_weight
+from peft.weights.through import straight_through
 
 from ..inits import STARTS
 from ..variants.alora import ALoraDoraLinearVariant, ALoraLinearVariant
@@ -142,6 +144,14 @@ class LoraLinearBase(LoraLayer, nn.Module):
         variant = self.lora_variant.get(adapter_name)
         return variant is None or variant.supports_lora_conversion()
 
+    def call_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As of every layer; where the base layer's own forward pass records no gradient, one with it."""
+        if torch.is_grad_enabled() and not isinstance(self.base_layer, BaseTunerLayer):
+            weight = _readable(self.base_layer, self.fan_in_fan_out)
+            if weight is not None and not weight.differentiable:
+                return straight_through(self.base_layer, weight, x)
+        return self.base_layer(x, *args, **kwargs)
+
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
         if not weight.direct() or weight.compute_dtype not in (None, x.dtype):
@@ -169,8 +179,8 @@ class LoraLinearBase(LoraLayer, nn.Module):
         plain_factors = type(lora_a) is nn.Linear and type(lora_b) is nn.Linear
         if not plain_factors or type(variant) not in (type(None), DoraLinearVariant, MiCALinearVariant):
             return None
-        weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
-        if not weight.direct() or self.base_layer.weight.requires_grad:
+        weight = _readable(self.base_layer, self.fan_in_fan_out)
+        if weight is None or not weight.direct() or weight.trainable:
             return None
         route = self.dora_route(name)
         # Plain LoRA has no norm to keep; the kernels cast its factors where those of the whole model are.
@@ -229,6 +239,14 @@ class LoraLinearBase(LoraLayer, nn.Module):
             route=plan.route,
         )
         return y + added.to(y.dtype)
+
+
+def _readable(base_layer: nn.Module, fan_in_fan_out: bool) -> BaseWeight | None:
+    """The weight of a base layer; None where it is in no known format, so that only the layer itself can compute."""
+    try:
+        return find_weight(base_layer, fan_in_fan_out=fan_in_fan_out)
+    except TypeError:
+        return None
 
 
 class Linear(LoraLinearBase):

@@ -13,6 +13,7 @@ from torch import nn
 from peft import dora
 from peft.engine.machine import MergeJournal, assign
 from peft.engine.method import Folded
+from peft.weights.torchao import is_torchao_tensor
 
 from ..variants.dora import DoraParameterVariant
 from .base import LoraLayer
@@ -136,6 +137,9 @@ class ParameterLayer(LoraLayer):
             for parameter in shown:
                 object.__delattr__(module, parameter)
 
+    def _why_not_writable(self) -> str | None:
+        return None  # it is a plain parameter that is written, not the weight of a layer
+
     def _adapted_parameters(self, names: list[str]) -> dict[str, torch.Tensor]:
         """The base layer's parameters with adapters in them, one after the other."""
         parameters = self.get_base_layer()._parameters
@@ -235,8 +239,8 @@ class ParamWrapper(ParameterLayer, nn.Module):
         is_target_conv_1d_layer: Taken for compatibility.
 
     Raises:
-        ValueError: The module has no such parameter, it has neither 2 nor 3 dimensions, or the config asks for dropout,
-            `fan_in_fan_out`, `lora_bias` or a variant other than DoRA.
+        ValueError: The module has no such parameter, it is quantised or has neither 2 nor 3 dimensions, or the config
+            asks for dropout, `fan_in_fan_out`, `lora_bias` or a variant other than DoRA.
     """
 
     def __init__(
@@ -264,6 +268,12 @@ class ParamWrapper(ParameterLayer, nn.Module):
             raise ValueError(
                 f"target_parameters: {self.parameter_name} of {type(base_layer).__name__} must be a parameter of 2 or 3 "
                 f"dimensions, got {found}."
+            )
+        if not parameter.is_floating_point() or parameter.element_size() < 2 or is_torchao_tensor(parameter):
+            raise ValueError(
+                f"target_parameters: {self.parameter_name} of {type(base_layer).__name__} is quantised ({type(parameter).__name__}, {parameter.dtype}), "
+                "and what an adapter adds cannot be added to its codes: load the model dense (dequantize=True in its "
+                "quantisation config), or leave the parameter out."
             )
         self.num_experts = parameter.shape[0] if parameter.dim() == 3 else 1
         return parameter.shape[-1], parameter.shape[-2]

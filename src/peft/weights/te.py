@@ -1,0 +1,87 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Weights of Transformer Engine's linear layer: plain ones, which it rounds to float8 where a recipe says so, and ones
+that are kept in float8 (`fp8_model_init`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .base import BaseWeight, stamp, writing
+from .plain import PlainWeight
+
+_PARTS = ("_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv")
+
+
+class TeWeight(BaseWeight):
+    """The weight of a `transformer_engine.pytorch.Linear`.
+
+    A float8 weight is one of the library's tensor classes: it is read by its `dequantize` and written by `copy_`, which
+    rounds to its scale. The classes cannot be cut, so their rows are cut out of the whole matrix.
+    """
+
+    format = "transformer engine"
+
+    @property
+    def _is_plain(self) -> bool:
+        return type(self.layer.weight) in (nn.Parameter, torch.Tensor)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.layer.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.weight.dtype
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias [out]; the library keeps an empty one where there is none."""
+        bias = getattr(self.layer, "bias", None)
+        return None if bias is None or bias.numel() == 0 else bias
+
+    @property
+    def lossy(self) -> bool:
+        return not self._is_plain
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.rows(0, self.shape[0], dtype)
+
+    @torch.no_grad()
+    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        self._check_rows(a, b)
+        if self._is_plain:
+            return PlainWeight(self.layer).rows(a, b, dtype)
+        block = self.layer.weight.detach().dequantize()[a:b]
+        return block if dtype is None else block.to(dtype)
+
+    def write(self, matrix: torch.Tensor) -> None:
+        self._check_matrix(matrix)
+        weight = self.layer.weight
+        with writing(weight):
+            weight.copy_(matrix.to(weight.device, weight.dtype))
+
+    def snapshot(self) -> torch.Tensor:
+        return self.layer.weight.detach().clone()
+
+    def restore(self, snapshot: torch.Tensor) -> None:
+        if self._is_plain:
+            PlainWeight(self.layer).restore(snapshot)
+            return
+        weight = self.layer.weight
+        with writing(weight):
+            for name in self._parts():
+                getattr(weight, name).copy_(getattr(snapshot, name))
+
+    def key(self) -> tuple:
+        weight = self.layer.weight
+        return *stamp(weight), *(stamp(getattr(weight, name)) for name in self._parts())
+
+    def direct(self) -> bool:
+        """Never: whether the product is in float8 is decided at each call."""
+        return False
+
+    def _parts(self) -> list[str]:
+        """The names of the tensors that a float8 weight is made of."""
+        held = {name: getattr(self.layer.weight, name, None) for name in _PARTS}
+        return [name for name, part in held.items() if isinstance(part, torch.Tensor)]
