@@ -29,7 +29,7 @@ from .peft_model import (
 from .tuners import (
     ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraModel,
     LoraRuntimeConfig, MontecloraConfig, TrainableTokensConfig, TrainableTokensModel, VeloraConfig,
-    convert_to_lora,
+    convert_to_lora, create_arrow_model,
     get_eva_state_dict,
     initialize_lora_eva_weights,
     preprocess_loraga,
@@ -86,6 +86,7 @@ __all__ = [
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "convert_to_lora",
+    "create_arrow_model",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",

@@ -10,7 +10,7 @@ import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -163,6 +163,34 @@ class DoraCaching:
         dora.ENABLE_DORA_CACHING = self.prev_value
 
 
+class MontecloraTrainerMixin:
+    """Adds the loss of MonteCLoRA's samplers to that of a trainer: `class MyTrainer(MontecloraTrainerMixin, Trainer)`."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The trainer's loss, with the mean of what the samplers of active adapters add.
+
+        Args:
+            model: The model that is trained.
+            inputs: A batch.
+            return_outputs: Give the model's outputs too.
+            **kwargs: Passed to the trainer's `compute_loss`.
+        """
+        loss = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        added = [
+            sum(layer.lora_monteclora_sampler[name].get_variational_loss())
+            for layer in model.modules()
+            if isinstance(layer, LoraLayer) and hasattr(layer, "lora_monteclora_sampler")
+            for name in layer.active_adapters
+            if name in layer.lora_monteclora_sampler
+        ]
+        if not added:
+            return loss
+        mean = sum(added) / len(added)
+        return (loss[0] + mean, *loss[1:]) if return_outputs else loss + mean
+
+
 class KappaTuneSelector:
     """Ranks modules by the condition number κ of their weights, the largest over the smallest singular value.
 
@@ -309,6 +337,7 @@ def find_kappa_target_modules(
 __all__ = [
     "DoraCaching",
     "KappaTuneSelector",
+    "MontecloraTrainerMixin",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "find_kappa_target_modules",

@@ -33,6 +33,7 @@ def main() -> None:
     import operation_recipes  # noqa: F401  likewise
     import option_recipes  # noqa: F401  likewise
     import recipes
+    import recipes_family  # noqa: F401
     from peer import receive, send
 
     import peft

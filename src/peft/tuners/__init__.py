@@ -6,7 +6,8 @@
 from ._registry import register_rows
 from .lora import (
     ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraModel,
-    LoraRuntimeConfig, MontecloraConfig, VeloraConfig, convert_to_lora, get_eva_state_dict, initialize_lora_eva_weights,
+    LoraRuntimeConfig, MontecloraConfig, VeloraConfig, convert_to_lora, create_arrow_model, get_eva_state_dict,
+    initialize_lora_eva_weights,
     preprocess_loraga, save_as_lora,
 )
 from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
@@ -16,6 +17,6 @@ register_rows()
 __all__ = [
     "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig",
     "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "TrainableTokensConfig", "TrainableTokensModel",
-    "VeloraConfig", "convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
+    "VeloraConfig", "convert_to_lora", "create_arrow_model", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
     "save_as_lora",
 ]

@@ -3,6 +3,7 @@
 
 # fmt: off
 # isort: off
+from .arrow import create_arrow_model
 from .bnb import Linear4bit, Linear8bitLt
 from .config import (
     ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraRuntimeConfig,
@@ -21,5 +22,5 @@ __all__ = [
     "GPTQLoraLinear", "KasaConfig",
     "Linear", "Linear4bit", "Linear8bitLt", "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraLayer",
     "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "ParamWrapper", "VeloraConfig",
-    "convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga", "save_as_lora",
+    "convert_to_lora", "create_arrow_model", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga", "save_as_lora",
 ]

@@ -31,11 +31,6 @@ from .variants.kasa import kasa_loss
 
 _CONVERSIONS = "transformers.conversion_mapping"  # since transformers 5, which stacks experts
 _MAGNITUDE = "lora_magnitude_vector"
-# Options of LoraConfig whose methods are not in this package yet, with the value that leaves them off.
-_NOT_AVAILABLE = (
-    "monteclora_config",
-    "arrow_config",
-)
 
 
 class LoraModel(BaseTuner):
@@ -79,15 +74,6 @@ class LoraModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         dora.unwatch_passes(model)
         return model
-
-    def _check_new_adapter_config(self, config: LoraConfig) -> None:
-        super()._check_new_adapter_config(config)
-        for option in _NOT_AVAILABLE:
-            if getattr(config, option, None):
-                raise ValueError(
-                    f"{option}={getattr(config, option)!r}: this option of LoraConfig is not available in this "
-                    "version; leave it out."
-                )
 
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
         """As of every tuner; names of single experts become the stacked parameters that transformers makes of them."""

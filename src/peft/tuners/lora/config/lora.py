@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -165,8 +165,12 @@ class LoraConfig(PeftConfig):
             ("arrow_config", ArrowConfig),
             ("kasa_config", KasaConfig),
         ):
-            if isinstance(getattr(self, name), dict):
-                setattr(self, name, option_cls(**known_fields(option_cls, getattr(self, name))))
+            values = getattr(self, name)
+            if isinstance(values, dict):
+                later = {option.name for option in fields(option_cls) if not option.init}
+                setattr(self, name, option_cls(**known_fields(option_cls, values, later)))
+                for option in later & values.keys():
+                    setattr(getattr(self, name), option, values[option])
 
     def _check_values(self) -> None:
         if not isinstance(self.r, Integral) or self.r <= 0:

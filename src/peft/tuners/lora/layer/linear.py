@@ -19,10 +19,12 @@ from peft.weights.through import straight_through
 
 from ..inits import STARTS
 from ..variants.alora import ALoraDoraLinearVariant, ALoraLinearVariant
+from ..variants.arrow import ArrowLinearVariant
 from ..variants.bdlora import BdLoraLinearVariant, as_matrix
 from ..variants.dora import DoraLinearVariant
 from ..variants.kasa import KasaLinearVariant
 from ..variants.mica import MiCALinearVariant
+from ..variants.monteclora import MontecloraLinearVariant
 from ..variants.velora import VeloraLinearVariant
 from .base import LoraLayer
 
@@ -121,6 +123,8 @@ class LoraLinearBase(LoraLayer, nn.Module):
             ("kasa_config",): KasaLinearVariant,
             ("use_bdlora",): BdLoraLinearVariant,
             ("velora_config",): VeloraLinearVariant,
+            ("monteclora_config",): MontecloraLinearVariant,
+            ("arrow_config",): ArrowLinearVariant,
             ("alora_invocation_tokens",): ALoraLinearVariant,
             ("alora_invocation_tokens", "use_dora"): ALoraDoraLinearVariant,
         }

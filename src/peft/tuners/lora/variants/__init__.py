@@ -10,6 +10,7 @@ from .alora import (
     get_alora_offsets_for_generate,
     is_alora_relevant_in_batch,
 )
+from .arrow import ArrowLinearVariant
 from .bdlora import BdLoraLinearVariant, BlockDiagonalLinear
 from .dora import (
     DoraConv1dVariant,
@@ -22,6 +23,7 @@ from .dora import (
 )
 from .kasa import KasaLinearVariant
 from .mica import MiCAEmbeddingVariant, MiCALinearVariant
+from .monteclora import MontecloraLinearVariant
 from .qalora import QALoraLinearVariant
 from .velora import VeloraLinearVariant
 
@@ -29,6 +31,7 @@ __all__ = [
     "ALoraDoraLinearVariant",
     "ALoraLinearVariant",
     "AdditiveVariant",
+    "ArrowLinearVariant",
     "BdLoraLinearVariant",
     "BlockDiagonalLinear",
     "DoraConv1dVariant",
@@ -40,6 +43,7 @@ __all__ = [
     "KasaLinearVariant",
     "MiCAEmbeddingVariant",
     "MiCALinearVariant",
+    "MontecloraLinearVariant",
     "QALoraLinearVariant",
     "VeloraLinearVariant",
     "_DoraConvNdVariant",
