@@ -29,6 +29,7 @@ from .peft_model import (
 from .tuners import (
     ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraModel,
     LoraRuntimeConfig, MontecloraConfig, TrainableTokensConfig, TrainableTokensModel, VeloraConfig,
+    XLoraConfig, XLoraModel,
     convert_to_lora, create_arrow_model,
     get_eva_state_dict,
     initialize_lora_eva_weights,
@@ -83,6 +84,8 @@ __all__ = [
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "VeloraConfig",
+    "XLoraConfig",
+    "XLoraModel",
     "bloom_model_postprocess_past_key_value",
     "cast_mixed_precision_params",
     "convert_to_lora",

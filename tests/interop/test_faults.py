@@ -86,7 +86,7 @@ FAULTS = (
     ),
     Fault("dora_on_activated_tokens", _is_small, "ValueError"),
     Fault("tied_merge", _is_small),
-    *(Fault("dirichlet_divergence", lambda least: least > -EXACT, arguments={"prior": prior}) for prior in (0.1, 2.0)),
+    *(Fault("dirichlet_divergence", lambda least: least > -EXACT, arguments={"prior": prior}) for prior in (0.1,)),
     Fault("weighted_magnitude", lambda facts: all(_is_one(ratio) for ratio in facts["ratio"])),
     Fault("hotswapped", _is_small, "KeyError"),
     Fault("biases_of_two_after_reload", lambda changes: all(_is_small(change) for change in changes.values())),

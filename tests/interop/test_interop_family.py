@@ -1,5 +1,5 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""MonteCLoRA and Arrow against upstream's release: numbers, gradients, files, both ways."""
+"""MonteCLoRA, Arrow and X-LoRA against upstream's release: numbers, gradients, files, both ways."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import recipes
 import recipes_family  # noqa: F401  registers its recipes
-from compare import DEEP, assert_equal, assert_equal_grads, saved_facts
+import recipes_xlora  # noqa: F401
+from compare import DEEP, assert_equal, assert_equal_grads, config_facts, saved_facts
 from peer import Peer
 
 pytestmark = pytest.mark.interop
@@ -44,3 +45,42 @@ def test_arrow(use_gks: bool, peer: Peer, tmp_path: Path) -> None:
             tensors[key] = list(tensors[key].shape)
     assert_equal(saved_facts(ours.pop("saved")), saved_facts(theirs.pop("saved")), "saved")
     assert_equal(ours, theirs, ulps=DEEP)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"xlora_depth": 3, "xlora_size": 7, "layerwise_scalings": True, "softmax_temperature": 0.5},
+        {"xlora_depth": 2, "xlora_size": 7, "top_k_lora": 2, "enable_softmax_topk": True, "enable_softmax": False},
+        {
+            "scaling_pass_value": 0.4,
+            "top_k_lora": 2,
+            "enable_softmax_topk": True,
+            "global_scaling_weight": 1.5,
+            "xlora_dropout_p": 0.0,
+        },
+    ],
+    ids=["default", "layerwise", "topk", "pass"],
+)
+def test_xlora(options: dict, peer: Peer, tmp_path: Path) -> None:
+    experts, here, there = (str(tmp_path / name) for name in ("experts", "ours", "theirs"))
+    peer.run("xlora_experts", folder=experts)
+    ours = recipes.run("xlora", experts=experts, folder=here, options=options)
+    theirs = peer.run("xlora", experts=experts, folder=there, options=options)
+    assert_equal_grads(ours.pop("grads"), theirs.pop("grads"), ulps=DEEP)
+    assert_equal(config_facts(ours.pop("config")), config_facts(theirs.pop("config")), "config")
+    ours_saved, theirs_saved = ours.pop("tensors"), theirs.pop("tensors")
+    for key, value in theirs_saved.items():  # theirs lack the layers whose number is an expert's name
+        assert_equal(ours_saved[key], value, key)
+    assert_equal(ours, theirs, ulps=DEEP)
+    assert_equal(recipes.run("xlora_loaded", folder=here), ours["y"], "loaded", ulps=DEEP)
+
+
+def test_the_release_forgets_layers_of_xloras_classifier(peer: Peer, tmp_path: Path) -> None:
+    experts = str(tmp_path / "experts")
+    peer.run("xlora_experts", folder=experts)
+    assert recipes.run("xlora_kept", experts=experts, folder=str(tmp_path / "ours"))
+    assert not peer.run("xlora_kept", experts=experts, folder=str(tmp_path / "theirs"))
+    read = peer.run("xlora_loaded", folder=str(tmp_path / "ours"))  # what we write, it reads
+    assert_equal(read, recipes.run("xlora_loaded", folder=str(tmp_path / "ours")), ulps=DEEP)

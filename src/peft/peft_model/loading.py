@@ -44,6 +44,8 @@ def load_config(
 ) -> PeftConfig:
     """The saved config, set up for inference or for training."""
     config = PeftConfig.from_pretrained(os.fspath(model_id), **hub_arguments(kwargs))
+    if hasattr(config, "found_in"):
+        config.found_in(os.path.join(model_id, kwargs.get("subfolder") or ""))
     return prepare_config(config, is_trainable, ephemeral_gpu_offload)
 
 

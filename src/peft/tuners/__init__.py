@@ -11,12 +11,13 @@ from .lora import (
     preprocess_loraga, save_as_lora,
 )
 from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
+from .xlora import XLoraConfig, XLoraModel
 
 register_rows()
 
 __all__ = [
     "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig",
     "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "TrainableTokensConfig", "TrainableTokensModel",
-    "VeloraConfig", "convert_to_lora", "create_arrow_model", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
+    "VeloraConfig", "XLoraConfig", "XLoraModel", "convert_to_lora", "create_arrow_model", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
     "save_as_lora",
 ]

@@ -39,6 +39,7 @@ ROWS = (
         "TrainableTokensModel",
         "trainable_tokens_",
     ),
+    TunerRow("XLORA", "peft.tuners.xlora", "XLoraConfig", "XLoraModel", "xlora_"),
 )
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type] = {}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from peft.utils.seams import public
+
 from .config import ArrowConfig, LoraConfig
 from .layer import LoraLayer
 from .layer.linear import LoraLinearBase
@@ -42,8 +44,6 @@ def create_arrow_model(
         ValueError: No expert is given, `use_gks` is set without general adapters, or the adapters do not fit together.
         TypeError: An adapter is on a layer that is not linear.
     """
-    from peft.peft_model import PeftModel
-
     if not task_specific_adapter_paths:
         raise ValueError("task_specific_adapter_paths is empty: give at least one expert.")
     if arrow_config.use_gks and not general_adapter_paths:
@@ -52,7 +52,9 @@ def create_arrow_model(
     tasks = {f"{TASK_ADAPTER_PREFIX}{i}": path for i, path in enumerate(task_specific_adapter_paths)}
     gks = {f"{GKS_ADAPTER_PREFIX}{i}": path for i, path in enumerate(general)}
     (first, path), *others = (tasks | gks).items()
-    model = PeftModel.from_pretrained(base_model, path, adapter_name=first, **adapter_kwargs)
+    model = public("peft.peft_model", "PeftModel").from_pretrained(
+        base_model, path, adapter_name=first, **adapter_kwargs
+    )
     for name, path in others:
         model.load_adapter(path, adapter_name=name, **adapter_kwargs)
     names = [first, *(name for name, _ in others)]

@@ -63,19 +63,10 @@ class MontecloraSampler(nn.Module):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        num_samples: int,
-        use_entropy: bool = True,
-        dirichlet_prior: float = 1.0,
-        sample_scaler: float = 0.0003,
-        kl_loss_weight: float = 1e-05,
-        buffer_size: int = 10,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: object,
-    ) -> None:
+        self, in_features: int, out_features: int, num_samples: int, use_entropy: bool = True, dirichlet_prior: float = 1.0,
+        sample_scaler: float = 0.0003, kl_loss_weight: float = 1e-05, buffer_size: int = 10, device: str | None = None,
+        dtype: torch.dtype | None = None, **kwargs: object,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.num_samples = in_features, out_features, num_samples
         self.use_entropy, self.dirichlet_prior = use_entropy, dirichlet_prior

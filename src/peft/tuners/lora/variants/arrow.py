@@ -102,12 +102,14 @@ class ArrowLoraLinearLayer(nn.Module):
         experts = self.gen_know_sub(lora_A, lora_B)
         self.prototypes = torch.stack([self.top_right_singular_vec_from_BA(a, b) for a, b in experts.values()])
 
-    @torch.compiler.disable
     def _refresh(self, lora_A: nn.ModuleDict, lora_B: nn.ModuleDict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The experts' factors, with prototypes that belong to them."""
         self.on_adapter_change(lora_A, lora_B)
         names = (*self.task_adapter_names, *(self.gks_adapter_names if self.use_gks else ()))
         weights = [holder[name].weight for name in names for holder in (lora_A, lora_B)]
+        if torch.compiler.is_compiling():
+            self.build_prototypes(lora_A, lora_B)
+            return self.gen_know_sub(lora_A, lora_B)
         stamp = (self.use_gks, names, *((id(w), w._version, w.data_ptr(), w.device) for w in weights))
         if stamp != self._stamp or self.prototypes is None:
             self.build_prototypes(lora_A, lora_B)
