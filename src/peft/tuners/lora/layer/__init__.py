@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft.engine.layer import BaseTunerLayer
+from peft.engine.layer import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.constants import ALLOWED_COMPUTE_DTYPES
+from peft.utils.other import transpose
 
 from .attention import MultiheadAttention
 from .base import VARIANT_KWARG_KEYS, LoraLayer
@@ -74,6 +76,7 @@ for _cls in (
     _cls.__module__ = __name__
 
 __all__ = [
+    "ALLOWED_COMPUTE_DTYPES",
     "VARIANT_KWARG_KEYS",
     "Conv1d",
     "Conv2d",
@@ -87,5 +90,7 @@ __all__ = [
     "ParamWrapper",
     "_ConvNd",
     "_LoraParameterProxy",
+    "check_adapters_to_merge",
     "dispatch_default",
+    "transpose",
 ]

@@ -97,22 +97,23 @@ class MultiheadAttention(ParameterLayer, nn.Module):
     def _features(self, base_layer: nn.Module) -> tuple[int, int]:
         return sum(columns.stop - columns.start for _, _, columns in _blocks(base_layer)), 3 * base_layer.embed_dim
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        if config.lora_dropout:
-            warnings.warn(
-                f"lora_dropout={config.lora_dropout} has no effect on nn.MultiheadAttention, whose weights are adapted as "
-                "a whole.",
-                PeftWarning,
-                stacklevel=2,
-            )
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Create an adapter here and in the out-projection; arguments as of every LoRA layer."""
+        super().update_layer(*args, **kwargs)
         if isinstance(self.out_proj, Linear):
-            self.out_proj.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+            self.out_proj.update_layer(*args, **kwargs)
 
     def _base_bias(self) -> torch.Tensor | None:
         return self.get_base_layer().in_proj_bias
 
     def _create_factors(self, adapter_name: str, r: int, lora_bias: bool) -> None:
+        dropout = self.lora_dropout[adapter_name]
+        if isinstance(dropout, nn.Dropout):
+            warnings.warn(
+                f"lora_dropout={dropout.p} has no effect on nn.MultiheadAttention, whose weights are adapted as a whole.",
+                PeftWarning,
+                stacklevel=2,
+            )
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
 

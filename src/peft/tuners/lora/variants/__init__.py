@@ -1,6 +1,7 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """Ways of using A and B other than plain LoRA, one file an idea."""
 
+from ..layer.variant import LoraVariant
 from .additive import AdditiveVariant
 from .alora import (
     ALoraDoraLinearVariant,
@@ -41,6 +42,7 @@ __all__ = [
     "DoraLinearVariant",
     "DoraParameterVariant",
     "KasaLinearVariant",
+    "LoraVariant",
     "MiCAEmbeddingVariant",
     "MiCALinearVariant",
     "MontecloraLinearVariant",
