@@ -156,6 +156,19 @@ def test_a_forward_pass_that_is_no_product_of_the_weight_is_not_direct(monkeypat
     assert not weight.direct()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_bias_of_a_layer_that_was_not_frozen_is_not_trained(dropout):
+    linear = nn.Linear(64, 96)
+    original = linear.bias
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=16)
+    layer = quantize.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+    tuned = get_peft_model(nn.ModuleDict({"body": layer}), LoraConfig(target_modules=["body"], lora_dropout=dropout))
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    tuned.base_model.model["body"](x).sum().backward()
+    assert x.grad is not None and original.grad is None and not layer.bias.requires_grad
+    assert torch.equal(layer.bias, original)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_are_made_where_and_as_the_layer_computes(dora):
     model = nn.ModuleDict({"body": hqq_linear(dtype=torch.bfloat16)})
