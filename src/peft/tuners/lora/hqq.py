@@ -20,14 +20,9 @@ class HqqLoraLinear(LoraLinearBase):
     """LoRA on an `HQQLinear` (1 to 8 bits)."""
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: LoraConfig,
-        r: int = 0,
-        lora_alpha: float = 1,
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int = 0, lora_alpha: float = 1,
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(base_layer, adapter_name, config, r, lora_alpha, **kwargs)
         base = self.get_base_layer()
         if base.bias is not None and not base.bias.is_leaf:
