@@ -32,6 +32,7 @@ class BaseTunerLayer(ABC):
     quantization_backend = None
     frozen_biases: tuple[str, ...] = ()  # parameters of the base layer that no `bias` setting trains
 
+    _changes = 0  # how often `_replan` was called: what a compiler made is good for one count
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
     merged_adapters: list[str] = []
@@ -205,6 +206,7 @@ class BaseTunerLayer(ABC):
     def _replan(self) -> None:
         """Forget what the forward pass worked out; it is worked out again when it is next needed."""
         self.__dict__["_run"] = None
+        self.__dict__["_changes"] = self._changes + 1
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Put a new adapter where the base weight is, in the base weight's dtype if that can hold gradients."""

@@ -307,6 +307,7 @@ def _apply(swap: _Swap, adapter_name: str) -> None:
     slots = _slots(layer, adapter_name)
     if swap.rank > _physical_rank(layer, adapter_name):
         _make_room(layer, adapter_name, swap.rank)
+        layer._replan()
     _note_room(layer, adapter_name)
     room, dims = _physical_rank(layer, adapter_name), _rank_dims(layer, adapter_name)
     for slot, value in swap.values.items():
@@ -320,7 +321,6 @@ def _apply(swap: _Swap, adapter_name: str) -> None:
     if swap.absent and adapter_name in layer.lora_magnitude_vector:
         magnitude = layer.lora_magnitude_vector[adapter_name].weight
         magnitude.copy_(layer.dora_norm(adapter_name).reshape(magnitude.shape))
-    layer._replan()
 
 
 def _update_config(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:

@@ -328,7 +328,10 @@ def dequantise_8bit(data: torch.Tensor, scb: torch.Tensor, dtype: torch.dtype | 
 
 def _bytes(weight: torch.Tensor) -> torch.Tensor:
     """The packed bytes as flat uint8, whatever dtype they are stored under."""
-    return weight.detach().as_subclass(torch.Tensor).reshape(-1).view(torch.uint8)
+    data = weight.detach()
+    if not torch.compiler.is_compiling():  # Dynamo drops the class by itself and knows no `as_subclass`
+        data = data.as_subclass(torch.Tensor)
+    return data.reshape(-1).view(torch.uint8)
 
 
 def _reads_right(device: torch.device, state: Any) -> bool:
