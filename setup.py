@@ -33,7 +33,11 @@ QUALITY = ["ruff>=0.14"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo"]
 EXAMPLES = ["datasets>=4.0", "tokenizers", *BNB]
 PLOTS = ["matplotlib"]
-TEST = ["pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized", *EXAMPLES, *PLOTS, *TRITON, *FORMATS]
+# Other people's loops. None of them asks for an adapter library, so none brings another `peft`.
+LOOPS = ["trl>=1.16.0", "sentence-transformers>=6.2.0", "diffusers>=0.42.0"]
+TEST = [
+    "pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized", *EXAMPLES, *PLOTS, *TRITON, *FORMATS, *LOOPS
+]  # fmt: skip
 
 setup(
     name="peft",

@@ -28,8 +28,8 @@ from .peft_model import (
 )
 from .tuners import (
     ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraModel,
-    LoraRuntimeConfig, MontecloraConfig, TrainableTokensConfig, TrainableTokensModel, VeloraConfig,
-    XLoraConfig, XLoraModel,
+    LoraRuntimeConfig, MontecloraConfig, PrefixTuningConfig, TrainableTokensConfig, TrainableTokensModel,
+    VeloraConfig, XLoraConfig, XLoraModel,
     convert_to_lora, create_arrow_model,
     get_eva_state_dict,
     initialize_lora_eva_weights,
@@ -79,6 +79,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PrefixTuningConfig",
     "PromptLearningConfig",
     "TaskType",
     "TrainableTokensConfig",

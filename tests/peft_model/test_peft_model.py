@@ -12,7 +12,7 @@ from tiny_models import IDS, adapted, llama, logits, lora, trained
 from torch import nn
 
 import peft.peft_model
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftWarning, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PeftWarning, PrefixTuningConfig, get_peft_model
 from peft.config import PromptLearningConfig
 from peft.utils.peft_types import PeftType
 
@@ -186,6 +186,8 @@ def test_prompt_learning_is_refused_by_name():
     config = PromptLearningConfig(peft_type="PROMPT_TUNING", task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="PROMPT_TUNING.*prompt-learning"):
         get_peft_model(llama(), config)
+    with pytest.raises(ValueError, match="PREFIX_TUNING.*prompt-learning"):
+        get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])

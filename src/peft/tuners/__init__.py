@@ -10,6 +10,7 @@ from .lora import (
     initialize_lora_eva_weights,
     preprocess_loraga, save_as_lora,
 )
+from .prefix_tuning import PrefixTuningConfig
 from .trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .xlora import XLoraConfig, XLoraModel
 
@@ -17,7 +18,8 @@ register_rows()
 
 __all__ = [
     "ArrowConfig", "BdLoraConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraConfig", "LoraGAConfig",
-    "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "TrainableTokensConfig", "TrainableTokensModel",
-    "VeloraConfig", "XLoraConfig", "XLoraModel", "convert_to_lora", "create_arrow_model", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
+    "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "PrefixTuningConfig", "TrainableTokensConfig",
+    "TrainableTokensModel", "VeloraConfig", "XLoraConfig", "XLoraModel", "convert_to_lora", "create_arrow_model",
+    "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
     "save_as_lora",
 ]
