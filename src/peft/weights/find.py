@@ -21,6 +21,7 @@ from .fp8 import Float8Weight
 from .gptq import GptqWeight
 from .hqq import HqqWeight
 from .inc import IncWeight
+from .offloaded import OffloadedWeight, offload_hook
 from .plain import PlainWeight
 from .te import TeWeight
 from .torchao import TorchaoWeight, is_torchao_tensor
@@ -74,7 +75,8 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, those of AQLM, EETQ, Intel Neural
     Compressor and Transformer Engine, transformers' float8 ones, and their subclasses, and `nn.Linear` with a tensor of
     torchao's classes or a scheme of compressed-tensors. Any other module with a floating `weight` of two or more
-    dimensions counts as plain, with the output features first.
+    dimensions counts as plain, with the output features first. A plain
+    weight that accelerate offloaded is read by `OffloadedWeight`.
 
     Args:
         layer: The base layer itself, not the adapter layer around it.
@@ -94,7 +96,11 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
         if is_compressed_tensors(layer):
             return CompressedTensorsWeight(layer)
         _check_plain(layer)
-    return maker(layer, fan_in_fan_out)
+    weight = maker(layer, fan_in_fan_out)
+    if type(weight) is PlainWeight and layer.weight.is_meta:
+        hook = offload_hook(layer)
+        return weight if hook is None else OffloadedWeight(weight, hook)
+    return weight
 
 
 def is_a(layer: nn.Module, name: str) -> bool:

@@ -105,8 +105,13 @@ class LoraLayer(AdapterLayer):
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer's output without its bias."""
         y = self.call_base(x)
-        bias = self._base_bias()
+        bias = self.bias_to_compose()
         return y if bias is None else y - self._along_channels(bias.to(y.dtype), y)
+
+    def bias_to_compose(self) -> torch.Tensor | None:
+        """The base layer's bias `[out]`, read from where it is kept while the layer does not run."""
+        bias = self._base_bias()
+        return bias if bias is None or not bias.is_meta else find_weight(self.get_base_layer()).bias
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A `[r, in]` and B `[out, r]` as matrices that match the rows of the base weight."""

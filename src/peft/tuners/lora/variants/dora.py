@@ -71,7 +71,7 @@ class DoraLinearVariant(LoraVariant):
                 magnitude=magnitude,
                 norm=norm,
                 scaling=scaling,
-                bias=module._base_bias(),
+                bias=module.bias_to_compose(),
                 channel_dim=module.channel_dim,
             )
         dropped = dropout(module._cast_input_dtype(x, module.lora_A[active_adapter].weight.dtype))
