@@ -8,6 +8,7 @@ from torch import nn
 
 from .autograd import linear
 from .factors import NormCache, begin_pass, caches_of, end_pass, unwatch_passes, watch_passes
+from .finite import check_finite
 from .norm import row_norm
 from .pieces import branch, compose
 from .reference import dora_linear_reference, gain, weight_norm
@@ -19,6 +20,7 @@ __all__ = [
     "Route",
     "begin_pass",
     "branch",
+    "check_finite",
     "compose",
     "dora_linear_reference",
     "end_pass",

@@ -4,13 +4,14 @@ and every gradient backward. What it saves and why is in the README beside this 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import eager
+from . import eager, memory
 from .factors import Factors, NormCache, plain_factors
 from .norm import check_factors, row_norm_torch, runs_triton
 from .products import as_dtype, product_in, scaled_product, sum_dtype
@@ -53,7 +54,27 @@ def linear(
     Raises:
         ValueError: The shapes of x, A or B do not fit the weight's.
         RuntimeError: The dtypes of x and W differ outside autocast; or a second derivative is asked for.
+        torch.OutOfMemoryError: There is no room for the pass, and none for it in chunks of tokens either.
     """
+    rest = weight, A, B, scaling, magnitude, lora_bias, cache, route
+    try:
+        return _linear(x, *rest)
+    except torch.OutOfMemoryError as error:
+        memory.note(error, x)
+    return memory.forward_in_chunks(lambda part: _linear(part, *rest), x)
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: Any,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None,
+    lora_bias: torch.Tensor | None,
+    cache: NormCache | None,
+    route: Route | None,
+) -> torch.Tensor:
     call = find_call(x, weight, A, B, scaling, cache, route)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _composed(call, x, A, B, magnitude, lora_bias)
@@ -278,6 +299,23 @@ def _unpack(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 def _backward(
     ctx: Any, dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, kept: torch.Tensor | None, factors: Factors
 ) -> tuple[torch.Tensor | None, ...]:
+    tensors = dy, x, h, kept
+    try:
+        return _shaped(ctx, *_gradients(ctx, factors, *tensors))
+    except torch.OutOfMemoryError as error:
+        memory.note(error, dy)
+    return _shaped(ctx, *memory.backward_in_chunks(partial(_gradients, ctx, factors), tensors))
+
+
+def _shaped(ctx: Any, dx: torch.Tensor | None, *rest: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """What `backward` returns, from the gradients in its order."""
+    return None if dx is None else dx.view(ctx.like[0]), *rest, None
+
+
+def _gradients(
+    ctx: Any, factors: Factors, dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, kept: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x `[tokens, in]`, A, B, the magnitude and both biases."""
     call: Call = ctx.call
     shape, x_dtype, a_dtype, b_dtype = ctx.like
     magnitude, lora_bias, bias = ctx.vectors
@@ -307,14 +345,14 @@ def _backward(
             da = product_in(dh.t(), as_dtype(x.view(-1, shape[-1]), dh.dtype), a_dtype)
         if need_x:
             dx = input_gradient(call, t, dh, factors.a)
-            dx = as_dtype(dx, x_dtype).view(shape)
+            dx = as_dtype(dx, x_dtype)
     if dm is not None and (dm.dtype != magnitude.dtype or dm.shape != magnitude.shape):
         dm = dm.to(magnitude.dtype).view(magnitude.shape)
     total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=sum_dtype(dy)) if need_bias or need_c else None
     dbias = total.to(bias.dtype) if need_bias else None
     if need_c:
         dc = (call.scaling * (total if factors.stats is None else factors.stats[1] * total)).to(lora_bias.dtype)
-    return dx, da, db, dm, dc, dbias, None
+    return dx, da, db, dm, dc, dbias
 
 
 def input_gradient(call: Call, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
