@@ -68,10 +68,11 @@ def test_reference_names_what_there_is(page):
         assert getattr(importlib.import_module(module), attribute).__doc__, f"{name} has no docstring"
 
 
-def test_options_in_the_examples_readme_are_the_scripts():
-    text = (ROOT / "examples" / "dora_finetuning" / "dora_finetuning.py").read_text("utf-8")
+@pytest.mark.parametrize("name", ["dora_finetuning", "sft_trl", "diffusion_dora"])
+def test_options_in_the_examples_readme_are_the_scripts(name):
+    text = (ROOT / "examples" / name / f"{name}.py").read_text("utf-8")
     options = set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', text))
-    readme = (ROOT / "examples" / "dora_finetuning" / "README.md").read_text("utf-8")
+    readme = (ROOT / "examples" / name / "README.md").read_text("utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert options == named - {"--no-dora", "--no-triton"}
 
