@@ -4,6 +4,7 @@
 import ast
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,22 @@ def test_tables_of_results_are_those_of_the_rows():
     command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_table_of_what_it_works_with_is_that_of_the_tests(tmp_path):
+    script = ROOT / "docs" / "works_with.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    mark = '@pytest.mark.works_with("a library", "a call")\n'
+    (tests / "test_a.py").write_text(f"import pytest\n\n{mark}@pytest.mark.gpu\ndef test_it():\n    pass\n")
+    works_with = runpy.run_path(str(script))
+    assert works_with["table"](tests).splitlines()[2] == (
+        "| a library | a call (on a GPU) | [test_a.py](tests/test_a.py) |"
+    )
+    (tests / "test_a.py").write_text(
+        "import pytest\n\n@pytest.mark.works_with('a library')\ndef test_it():\n    pass\n"
+    )
+    with pytest.raises(ValueError, match="two strings"):
+        works_with["table"](tests)

@@ -46,6 +46,10 @@ def made(request, tmp_path):
     return pipeline, getattr(pipeline, part), tmp_path, drawn
 
 
+@pytest.mark.works_with(
+    "diffusers",
+    "`load_lora_weights`, `set_adapters` with weights, `fuse_lora`, `unload_lora_weights` on a UNet and a diffusion transformer",
+)
 def test_loading_weighting_fusing_and_unloading(made):
     pipeline, model, folder, expected = made
     drawn = {"base": draw(pipeline)}
@@ -86,6 +90,7 @@ def test_fusing_for_good(made):
     torch.testing.assert_close(draw(pipeline), expected["first"], **CLOSE)
 
 
+@pytest.mark.works_with("diffusers", "training both")
 def test_gradients_reach_every_parameter_of_the_adapter(made):
     pipeline, model, folder, _ = made
     pipeline.load_lora_weights(folder / "first", adapter_name="first")

@@ -51,6 +51,7 @@ def last_whole_checkpoint(folder) -> str | None:
     return scope["last_whole_checkpoint"](folder)
 
 
+@pytest.mark.works_with("transformers", "going on after `kill -9` in a step or in any file of a checkpoint")
 @pytest.mark.parametrize(
     ("point", "last"),
     [("during_a_step", 4), ("in_the_adapter", 2), ("in_the_optimizer", 2), ("in_the_trainers_state", 2)],
@@ -73,6 +74,7 @@ def test_training_goes_on(killed, whole, point, last):
         PeftModel.from_pretrained(llama(), folder / f"checkpoint-{step}")
 
 
+@pytest.mark.works_with("torch", "distributed checkpoints, killed while a shard was written")
 def test_the_checkpoint_before_the_killed_shard_loads(killed):
     folder = killed / "in_a_shard"
     assert list((folder / "step-2").glob("*.distcp")) and not (folder / "step-2" / ".metadata").exists()

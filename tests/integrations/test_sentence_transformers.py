@@ -32,6 +32,7 @@ def encode(model):
     return torch.as_tensor(model.encode(TEXTS, show_progress_bar=False))
 
 
+@pytest.mark.works_with("sentence-transformers", "`add_adapter`, `SentenceTransformerTrainer`, saving and loading")
 def test_an_adapter_is_trained_saved_and_loaded(base, tmp_path):
     model = st.SentenceTransformer(str(base), device="cpu")
     before = encode(model)

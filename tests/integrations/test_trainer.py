@@ -24,6 +24,7 @@ def fit(folder, model=None, data=None, resume=None, **options):
 
 
 # ---- precision -----------------------------------------------------------------------------------------------------
+@pytest.mark.works_with("transformers", "`Trainer` on bases in fp32, bf16, fp16 and NF4")
 @QUANTISED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_it_learns_with_a_base_of_each_dtype(tmp_path, dtype, quantised):
@@ -32,6 +33,7 @@ def test_it_learns_with_a_base_of_each_dtype(tmp_path, dtype, quantised):
     assert {value.dtype for value in trained_state(trainer.model).values()} == {torch.float32}
 
 
+@pytest.mark.works_with("transformers", "`bf16=True`")
 @QUANTISED
 def test_bf16_is_close_to_fp32(tmp_path, quantised):
     exact = losses(fit(tmp_path, adapted(quantised), max_steps=3))
@@ -40,6 +42,7 @@ def test_bf16_is_close_to_fp32(tmp_path, quantised):
     assert rounded == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.works_with("transformers", "`fp16=True`")
 @pytest.mark.gpu
 @QUANTISED
 def test_fp16_with_a_loss_scaler(tmp_path, quantised):
@@ -48,6 +51,7 @@ def test_fp16_with_a_loss_scaler(tmp_path, quantised):
 
 
 # ---- accumulation and checkpointing --------------------------------------------------------------------------------
+@pytest.mark.works_with("transformers", "gradient accumulation")
 @QUANTISED
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path, quantised):
     settings = {"learning_rate": 1e-3, "max_steps": 3}
@@ -75,6 +79,7 @@ def test_checkpointing_gives_the_same_gradients(quantised, use_reentrant):
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.works_with("transformers", "gradient checkpointing of both kinds")
 @QUANTISED
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_leaves_the_losses_as_they_are(tmp_path, quantised, use_reentrant):
@@ -92,6 +97,7 @@ def test_checkpointing_leaves_the_losses_as_they_are(tmp_path, quantised, use_re
 
 
 # ---- compilation ---------------------------------------------------------------------------------------------------
+@pytest.mark.works_with("transformers", "`torch_compile=True`, one graph")
 @QUANTISED
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
@@ -116,6 +122,7 @@ def test_a_checkpoint_is_an_adapter(tmp_path, quantised):
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.works_with("transformers", "resuming with the very losses of a whole run")
 @pytest.mark.parametrize(
     ("quantised", "options", "run"),
     [
@@ -149,6 +156,7 @@ class Diverge(TrainerCallback):
                         parameter.mul_(3)
 
 
+@pytest.mark.works_with("transformers", "`load_best_model_at_end`")
 @QUANTISED
 def test_the_best_model_is_loaded_at_the_end(tmp_path, quantised):
     settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}

@@ -36,6 +36,10 @@ def saved(tmp_path):
 
 
 # ---- transformers' methods -----------------------------------------------------------------------------------------
+@pytest.mark.works_with(
+    "transformers",
+    "`add_adapter`, `load_adapter`, `set_adapter`, `disable_adapters`, `enable_adapters`, `delete_adapter`",
+)
 @QUANTISED
 def test_adapters_are_added_switched_and_disabled(tmp_path, quantised):
     model = llama(quantised)
@@ -80,6 +84,7 @@ def test_an_added_adapter_trains_and_the_base_does_not(quantised):
 
 
 # ---- from_pretrained -----------------------------------------------------------------------------------------------
+@pytest.mark.works_with("transformers", "`from_pretrained` of an adapter")
 def test_an_adapters_folder_is_loaded_as_a_model(saved):
     model, folder = saved
     loaded = AutoModelForCausalLM.from_pretrained(folder / "adapter")
@@ -88,6 +93,7 @@ def test_an_adapters_folder_is_loaded_as_a_model(saved):
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")), logits(model))
 
 
+@pytest.mark.works_with("transformers", "`from_pretrained` of an adapter onto a quantised base")
 def test_an_adapters_folder_is_loaded_onto_a_quantised_base(saved):
     pytest.importorskip("bitsandbytes")
     _, folder = saved
@@ -100,6 +106,7 @@ def test_an_adapters_folder_is_loaded_onto_a_quantised_base(saved):
 
 
 # ---- pipelines -----------------------------------------------------------------------------------------------------
+@pytest.mark.works_with("transformers", "`pipeline`")
 @pytest.mark.filterwarnings("ignore")
 def test_pipelines_run_adapted_models(saved):
     model, folder = saved
@@ -119,6 +126,7 @@ def greedy(model, **options):
     return model.eval().generate(PROMPTS, max_new_tokens=8, min_new_tokens=8, do_sample=False, **options)
 
 
+@pytest.mark.works_with("transformers", "`generate` with static and dynamic caches")
 @QUANTISED
 @pytest.mark.parametrize("merged", [False, True], ids=["apart", "merged"])
 def test_caches_do_not_change_what_is_generated(quantised, merged):

@@ -59,6 +59,7 @@ def assert_only_the_adapter_was_trained(trainer, base) -> None:
     assert factors and all(parameter.abs().sum() > 0 for parameter in factors)
 
 
+@pytest.mark.works_with("TRL", "`SFTTrainer`")
 @QUANTISED
 def test_supervised(tmp_path, quantised):
     config = dora(task_type="CAUSAL_LM")
@@ -72,6 +73,7 @@ def test_supervised(tmp_path, quantised):
         torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits)
 
 
+@pytest.mark.works_with("TRL", "packing, checkpointing, bf16")
 @pytest.mark.parametrize("options", [{"packing": True}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
 def test_supervised_with_options(tmp_path, options):
     config = dora(task_type="CAUSAL_LM", lora_dropout=0.1)
@@ -88,6 +90,7 @@ def log_probability(model, prompt: str, completion: str) -> float:
     return scores.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
 
 
+@pytest.mark.works_with("TRL", "`DPOTrainer`, its reference the base without the adapter")
 @QUANTISED
 def test_preferences_are_judged_beside_the_base_without_the_adapter(tmp_path, quantised):
     config = dora(task_type="CAUSAL_LM", init_lora_weights=False)
@@ -106,6 +109,7 @@ def test_preferences_are_judged_beside_the_base_without_the_adapter(tmp_path, qu
     assert losses(trainer, "rewards/margins")[-1] > losses(trainer, "rewards/margins")[0] + 0.1
 
 
+@pytest.mark.works_with("TRL", "`GRPOTrainer`")
 @QUANTISED
 def test_group_relative_policy(tmp_path, quantised):
     def many_words(completions, **_):
@@ -128,6 +132,7 @@ def scorer():
     return LlamaForSequenceClassification(config)
 
 
+@pytest.mark.works_with("TRL", "`RewardTrainer`")
 def test_rewards(tmp_path):
     data = {"chosen": ["w3 w7 w1"] * 8, "rejected": ["w8 w2 w5"] * 8}
     config = dora(task_type="SEQ_CLS")

@@ -50,6 +50,7 @@ def saved(request, tmp_path):
     return model, tmp_path / "adapter"
 
 
+@pytest.mark.works_with("accelerate", "saved adapters on layers on disk, trained further")
 def test_loading_onto_an_offloaded_model(offloaded, saved):
     model, folder = saved
     loaded = PeftModel.from_pretrained(offloaded, folder, is_trainable=True).eval()
@@ -66,6 +67,7 @@ def test_loading_onto_an_offloaded_model(offloaded, saved):
     assert loaded.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.is_meta
 
 
+@pytest.mark.works_with("accelerate", "merging")
 def test_merging_into_an_offloaded_model(offloaded, saved):
     model, folder = saved
     loaded = PeftModel.from_pretrained(offloaded, folder)
@@ -86,6 +88,7 @@ def test_new_adapters_on_an_offloaded_model(offloaded):
         assert torch.allclose(logits(model), logits(llama()), atol=1e-6)
 
 
+@pytest.mark.works_with("accelerate", "`device_map` with layers on disk: new DoRA adapters")
 def test_new_dora_starts_from_the_norms_of_offloaded_weights(offloaded):
     torch.manual_seed(1)
     model = get_peft_model(offloaded, lora(use_dora=True)).eval()
@@ -128,6 +131,7 @@ def test_starts_that_change_the_base_write_it_back(offloaded, start):
         assert not torch.allclose(logits(model), logits(llama()), atol=1e-3)
 
 
+@pytest.mark.works_with("accelerate", "`cpu_offload`")
 @pytest.mark.parametrize("bias", [True, False])
 def test_offloading_to_the_cpu(bias):
     from accelerate import cpu_offload
@@ -184,6 +188,7 @@ def test_only_the_rows_asked_for_come_to_the_device(offloaded, monkeypatch):
     assert asked == [3, 3, 3, 3, 3, 1]
 
 
+@pytest.mark.works_with("accelerate", "`prepare` and `accumulate`")
 def test_prepare_changes_nothing():
     losses = []
     for prepared in (False, True):
@@ -209,6 +214,7 @@ def test_prepare_changes_nothing():
     assert accelerator.unwrap_model(model).peft_config["default"].use_dora
 
 
+@pytest.mark.works_with("accelerate", "`device_map='auto'`")
 def test_an_automatic_device_map(tmp_path):
     llama().save_pretrained(tmp_path / "base", max_shard_size="4KB")
     base = transformers.AutoModelForCausalLM.from_pretrained(
