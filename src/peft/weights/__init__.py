@@ -2,7 +2,8 @@
 """What is W? One question, answered by one class for each storage format: `find_weight(layer)` gives a `BaseWeight`
 that reads, writes and keeps the layer's weight as a logical matrix [out, in], however its bytes are stored."""
 
-from .base import BaseWeight, Packed
+from .base import BaseWeight, Packed, is_hooked
 from .find import find_weight
+from .sharded import innermost, remembering, shards_of, whole
 
-__all__ = ["BaseWeight", "Packed", "find_weight"]
+__all__ = ["BaseWeight", "Packed", "find_weight", "innermost", "is_hooked", "remembering", "shards_of", "whole"]

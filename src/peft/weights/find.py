@@ -13,6 +13,7 @@ from torch import nn
 from .base import BaseWeight
 from .bnb import Weight4bit, Weight8bit
 from .plain import PlainWeight
+from .sharded import ShardedWeight, innermost, shards_of
 
 _Maker = Callable[[nn.Module, bool], BaseWeight]
 
@@ -37,23 +38,27 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
 
     Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, bitsandbytes' `Linear4bit` and
     `Linear8bitLt`, and their subclasses. Any other module with a floating `weight` of two or more dimensions counts as
-    plain, with the output features first.
+    plain, with the output features first. A weight that is sharded now is read by `ShardedWeight`.
 
     Args:
-        layer: The base layer itself, not the adapter layer around it.
+        layer: The base layer itself, not the adapter layer around it; it may be in FSDP's wrapper.
         fan_in_fan_out: The weight of a linear or unknown layer is stored [in, out]. Layers that are known to store it
             one way keep to that.
 
     Raises:
         TypeError: The layer has no weight that can be read as a matrix, or keeps it in a format that is not supported.
     """
-    kind = type(layer)
+    inner = innermost(layer)
+    kind = type(inner)
     maker = _makers.get(kind)
     if maker is None:
         maker = _makers[kind] = _choose(kind)
+    shards = shards_of(layer)
+    if shards is not None:
+        return ShardedWeight(layer, maker(inner, fan_in_fan_out), shards)
     if maker is PlainWeight:
-        _check_plain(layer)
-    return maker(layer, fan_in_fan_out)
+        _check_plain(inner)
+    return maker(inner, fan_in_fan_out)
 
 
 def _choose(kind: type) -> _Maker:

@@ -15,7 +15,7 @@ from peft import dora
 from peft.engine.machine import AdapterLayer
 from peft.engine.method import Method
 from peft.utils.warning import PeftWarning
-from peft.weights import find_weight
+from peft.weights import find_weight, shards_of, whole
 
 from .. import inits
 from ..method import LORA
@@ -104,12 +104,33 @@ class LoraLayer(AdapterLayer):
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer's output without its bias."""
         y = self.base_layer(x)
-        bias = getattr(self.get_base_layer(), "bias", None)
+        bias = self.bias_to_compose()
         return y if bias is None else y - self._along_channels(bias.to(y.dtype), y)
+
+    def bias_to_compose(self) -> torch.Tensor | None:
+        """The base layer's bias `[out]`, gathered where it is sharded apart from this layer.
+
+        Raises:
+            ValueError: It is trained, and its gradient would not find its way back to the shards.
+        """
+        base = self.get_base_layer()
+        bias = getattr(base, "bias", None)
+        if bias is None or shards_of(base, "bias") is None:
+            return bias
+        if bias.requires_grad:
+            raise ValueError(
+                "DoRA with bias='lora_only' or 'all': the base layer is a shard unit of its own, so that its trained "
+                "bias is gone once it has run. Shard the block around it, not the layer, or set bias='none'."
+            )
+        return whole(base, "bias")
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A `[r, in]` and B `[out, r]` as matrices that match the rows of the base weight."""
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        return whole(self.lora_A[name]), whole(self.lora_B[name])
+
+    def factor_modules(self, name: str) -> tuple[nn.Module, ...]:
+        """The modules that hold A and B, where they are modules."""
+        return (self.lora_A[name], self.lora_B[name]) if name in self.lora_A else ()
 
     def norm_weight(self) -> Any:
         """The base weight as `peft.dora` reads it: one row an output feature."""
@@ -315,10 +336,10 @@ class LoraLayer(AdapterLayer):
 
     def dora_route(self, name: str) -> dora.Route:
         """Which body of the DoRA engine runs for an adapter, and why."""
-        a = self.factors(name)[0]
+        slot = self.lora_A if name in self.lora_A else self.lora_embedding_A
         weight = self.norm_weight()
         return dora.plan(
-            device=a.device,
+            device=_first_parameter(slot[name]).device,
             dtype=weight.dtype,
             want_triton=self._use_dora_triton.get(name, False) if name in self.lora_magnitude_vector else None,
             kind=self.dora_kind,
@@ -350,3 +371,7 @@ class LoraLayer(AdapterLayer):
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
+
+
+def _first_parameter(entry: nn.Module | torch.Tensor) -> torch.Tensor:
+    return entry if isinstance(entry, torch.Tensor) else next(entry.parameters())

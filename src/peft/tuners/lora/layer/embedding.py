@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import Module
 
+from peft.weights import whole
+
 from ..inits import STARTS
 from ..variants.dora import DoraEmbeddingVariant
 from ..variants.mica import MiCAEmbeddingVariant
@@ -87,7 +89,7 @@ class Embedding(LoraLayer, nn.Module):
         return self.base_layer(x)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+        return whole(self.lora_embedding_A, name), whole(self.lora_embedding_B, name)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling · (B A)ᵀ`, shape `[num_embeddings, embedding_dim]`."""

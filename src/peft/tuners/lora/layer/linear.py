@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from peft import dora
 from peft.utils.other import transpose
-from peft.weights import BaseWeight, find_weight
+from peft.weights import BaseWeight, find_weight, is_hooked
 
 from ..inits import STARTS
 from ..variants.alora import ALoraLinearVariant
@@ -58,12 +58,13 @@ class FusedPlan:
 
     def is_in_place(self, layer: LoraLinearBase) -> bool:
         """Whether the modules are those of the plan, and calling them does no more than their class's forward."""
-        base, a, b = self.modules
+        base, a, b, *_ = self.modules
         own = layer._modules
         return (
             own["lora_A"]._modules.get(self.name) is a
             and own["lora_B"]._modules.get(self.name) is b
             and own["base_layer"] is base
+            and own["lora_magnitude_vector"]._modules.get(self.name) is self.magnitude
             and not any(self.hooks)
             and "forward" not in a.__dict__
             and "forward" not in b.__dict__
@@ -176,7 +177,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
         cache = self.norm_cache(name) if route.path == "triton" or type(variant) is DoraLinearVariant else None
         magnitude = self.lora_magnitude_vector[name] if name in self.lora_magnitude_vector else None
         dropout = None if type(self.lora_dropout[name]) is nn.Identity else self.lora_dropout[name]
-        modules = self.base_layer, lora_a, lora_b
+        modules = tuple(filter(None, (self.base_layer, lora_a, lora_b, magnitude)))
         hooks = tuple(
             hooks
             for module in modules
