@@ -29,7 +29,7 @@ def ddp(options: dict[str, Any], accumulate: int = 1) -> Run:
     model = adapted(base_model(device()), **options)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     world = torch.distributed.get_world_size()
-    return train(wrapped, model, rank=torch.distributed.get_rank(), world=world, accumulate=accumulate)
+    return train(wrapped, rank=torch.distributed.get_rank(), world=world, accumulate=accumulate)
 
 
 def sharded(model: torch.nn.Module, units: str, **settings: Any) -> torch.nn.Module:
@@ -54,12 +54,12 @@ def fsdp2(
 ) -> Run:
     model = sharded(adapted(base_model(device(), attention_bias=attention_bias), **options), units, **settings)
     world = torch.distributed.get_world_size()
-    return train(model, model, rank=torch.distributed.get_rank(), world=world, accumulate=accumulate)
+    return train(model, rank=torch.distributed.get_rank(), world=world, accumulate=accumulate)
 
 
 def alone(options: dict[str, Any], accumulate: int = 1, attention_bias: bool = False) -> Run:
     model = adapted(base_model(attention_bias=attention_bias), **options)
-    return train(model, model, accumulate=accumulate)
+    return train(model, accumulate=accumulate)
 
 
 def offloaded(options: dict[str, Any]) -> Run:
@@ -81,7 +81,7 @@ def checkpointed(options: dict[str, Any], units: str = "blocks") -> Run:
     model = adapted(base_model(device()), **options)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     sharded(model, units)
-    return train(model.train(), model, rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
+    return train(model.train(), rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
 
 
 def logits_around_writes(units: str | None) -> list[torch.Tensor]:

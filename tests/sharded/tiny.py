@@ -88,49 +88,54 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().cpu().clone()
 
 
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(parameter.grad) for name, parameter in trained(model)}
+
+
+def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(parameter) for name, parameter in trained(model)}
+
+
 def train(
     model: nn.Module,
-    core: nn.Module,
     *,
     rank: int = 0,
     world: int = 1,
     accumulate: int = 1,
-    read: Callable[[torch.Tensor], torch.Tensor] = whole,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-    lr: float = 0.1,
+    gradients: Callable[[nn.Module], dict[str, torch.Tensor]] = gradients_of,
+    parameters: Callable[[nn.Module], dict[str, torch.Tensor]] = parameters_of,
 ) -> Run:
-    """Train on this rank's rows of every batch.
+    """Train on this rank's rows of every batch by plain gradient descent.
 
     Args:
-        model: What is called.
-        core: What holds the parameters; `model` itself, or what it wraps.
-        rank, world: This rank and how many share a batch.
+        model: The model, or what wraps it.
+        rank, world: This rank, and how many share a batch.
         accumulate: Passes over the batch before each step.
-        read: Makes a parameter or gradient whole.
-        optimizer, lr: The optimizer.
+        gradients, parameters: Read what is trained, whole and by its name on one process.
     """
-    device = next(core.parameters()).device
-    used = optimizer([parameter for _, parameter in trained(core)], lr=lr)
-    losses, gradients = [], []
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD([parameter for _, parameter in trained(model)], lr=0.1)
+    losses, steps = [], []
     for batch in batches():
         ids = own_rows(batch, rank, world).to(device)
         for _ in range(accumulate):
             loss = model(input_ids=ids, labels=ids).loss
             (loss / accumulate).backward()
-        mean = loss.detach().clone()
-        if world > 1:
-            torch.distributed.all_reduce(mean)
-        losses.append(mean.item() / world)
-        gradients.append({name: read(parameter.grad) for name, parameter in trained(core)})
-        used.step()
-        used.zero_grad()
+        losses.append(mean_over_ranks(loss, world))
+        steps.append(gradients(model))
+        optimizer.step()
+        optimizer.zero_grad()
     with torch.no_grad():
         ids = own_rows(batches()[0], rank, world).to(device)
-        mean = model(input_ids=ids, labels=ids).loss.detach().clone()
-        if world > 1:
-            torch.distributed.all_reduce(mean)
-        losses.append(mean.item() / world)
-    return Run(losses, gradients, {name: read(parameter) for name, parameter in trained(core)})
+        losses.append(mean_over_ranks(model(input_ids=ids, labels=ids).loss, world))
+    return Run(losses, steps, parameters(model))
+
+
+def mean_over_ranks(loss: torch.Tensor, world: int) -> float:
+    total = loss.detach().clone()
+    if world > 1:
+        torch.distributed.all_reduce(total)
+    return total.item() / world
 
 
 def compare(run: Run, truth: Run, rtol: float = 1e-5) -> None:

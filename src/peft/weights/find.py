@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .base import BaseWeight
-from .bnb import Weight4bit, Weight8bit
+from .bnb import ShardedWeight4bit, Weight4bit, Weight8bit
 from .plain import PlainWeight
 from .sharded import ShardedWeight, innermost, shards_of
 
@@ -55,7 +55,10 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
         maker = _makers[kind] = _choose(kind)
     shards = shards_of(layer)
     if shards is not None:
-        return ShardedWeight(layer, maker(inner, fan_in_fan_out), shards)
+        plain = maker(inner, fan_in_fan_out)
+        # Until it is quantised a bitsandbytes layer holds a plain weight.
+        packed = isinstance(plain, Weight4bit) and getattr(inner, "quant_state", None) is not None
+        return (ShardedWeight4bit if packed else ShardedWeight)(layer, plain, shards)
     if maker is PlainWeight:
         _check_plain(inner)
     return maker(inner, fan_in_fan_out)

@@ -58,7 +58,7 @@ class DoraLinearVariant(LoraVariant):
     ) -> torch.Tensor:
         scaling = module.scaling[active_adapter]
         dropout = module.lora_dropout[active_adapter]
-        drops = not isinstance(dropout, torch.nn.Identity) and dropout.training and dropout.p > 0.0
+        drops = dropout.training and getattr(dropout, "p", 0.0) > 0.0
         with remembering(*module.factor_modules(active_adapter)):
             if drops and x.is_floating_point():
                 dropped = dropout(module._cast_input_dtype(x, module.lora_A[active_adapter].weight.dtype))
