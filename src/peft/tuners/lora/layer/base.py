@@ -22,6 +22,7 @@ from ..method import LORA
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
+    from .parallel import Split
     from .variant import LoraVariant
 
 # What in a config asks for a variant; `init_lora_weights="mica"` does too.
@@ -91,32 +92,48 @@ class LoraLayer(AdapterLayer):
         """Put new A and B into their slots; `reset_lora_parameters` fills them."""
         raise NotImplementedError
 
-    def low_rank(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """B A d(x) with the adapter's dropout d, and B's bias where it has one; not scaled."""
-        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
-        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
+    def low_rank(self, name: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """B A d(x) with the adapter's dropout d, and B's bias where it has one; not scaled.
 
-    def low_rank_of_dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        Args:
+            name: The adapter.
+            x: The layer's input.
+            y: The base layer's output; where that is a part of the features (tensor parallelism), the result is too.
+        """
+        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        return self.low_rank_of_dropped(name, self.lora_dropout[name](x), y)
+
+    def low_rank_of_dropped(self, name: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """As `low_rank`, of an input that dropout has been applied to."""
         x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        split = None if y is None else self.split(x, y)
+        if split is not None:
+            return split.low_rank(x, *self.factors(name), self.low_rank_bias(name))
         return self.lora_B[name](self.lora_A[name](x))
+
+    def split(self, x: torch.Tensor, y: torch.Tensor) -> Split | None:
+        """This process's part of the layer under tensor parallelism, None where input and output are whole."""
+        return None
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer's output without its bias."""
         y = self.base_layer(x)
-        bias = self.bias_to_compose()
+        bias = self.bias_to_compose(y)
         return y if bias is None else y - self._along_channels(bias.to(y.dtype), y)
 
-    def bias_to_compose(self) -> torch.Tensor | None:
-        """The base layer's bias `[out]`, gathered where it is sharded apart from this layer.
+    def bias_to_compose(self, y: torch.Tensor) -> torch.Tensor | None:
+        """The base layer's bias `[out]` as it is in an output `y`, gathered where it is sharded apart from this layer.
 
         Raises:
             ValueError: It is trained, and its gradient would not find its way back to the shards.
         """
         base = self.get_base_layer()
         bias = getattr(base, "bias", None)
-        if bias is None or shards_of(base, "bias") is None:
+        shards = None if bias is None else shards_of(base, "bias")
+        if shards is None:
             return bias
+        if shards.local.numel() == y.shape[self.channel_dim]:
+            return bias.to_local()  # split as the output is
         if bias.requires_grad:
             raise ValueError(
                 "DoRA with bias='lora_only' or 'all': the base layer is a shard unit of its own, so that its trained "

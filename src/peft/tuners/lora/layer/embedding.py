@@ -81,7 +81,7 @@ class Embedding(LoraLayer, nn.Module):
     def low_rank_bias(self, name: str) -> None:
         return None
 
-    def low_rank(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def low_rank(self, name: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         a, b = self.factors(name)
         return self._embed(x, a.t()) @ b.t()
 

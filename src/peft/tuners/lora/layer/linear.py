@@ -23,6 +23,7 @@ from ..variants.kasa import KasaLinearVariant
 from ..variants.mica import MiCALinearVariant
 from ..variants.velora import VeloraLinearVariant
 from .base import LoraLayer
+from .parallel import Split, split_of
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -141,6 +142,9 @@ class LoraLinearBase(LoraLayer, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         variant = self.lora_variant.get(adapter_name)
         return variant is None or variant.supports_lora_conversion()
+
+    def split(self, x: torch.Tensor, y: torch.Tensor) -> Split | None:
+        return split_of(self, x, y)
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)

@@ -60,7 +60,7 @@ class ALoraLinearVariant(AdditiveVariant):
         length = x.shape[1]
         first = torch.tensor([length - min(offset or 0, length) for offset in offsets], device=x.device)
         acts = torch.arange(length, device=x.device) >= first[:, None]  # [batch, length]
-        update = module.low_rank(active_adapter, x) * module.scaling[active_adapter]
+        update = module.low_rank(active_adapter, x, result) * module.scaling[active_adapter]
         return torch.where(acts.unsqueeze(-1), result + update, result)
 
 

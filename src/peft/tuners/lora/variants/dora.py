@@ -63,15 +63,18 @@ class DoraLinearVariant(LoraVariant):
             if drops and x.is_floating_point():
                 dropped = dropout(module._cast_input_dtype(x, module.lora_A[active_adapter].weight.dtype))
                 base = module.base_product(dropped.to(x.dtype))
-                low_rank = module.low_rank_of_dropped(active_adapter, dropped)
+                low_rank = module.low_rank_of_dropped(active_adapter, dropped, result)
             else:
-                base, low_rank = None, module.low_rank(active_adapter, x)
+                base, low_rank = None, module.low_rank(active_adapter, x, result)
             norm = module.dora_norm(active_adapter)
+        split = module.split(x, result)
+        if split is not None:
+            norm = split.constant(norm)
 
         def composed(magnitude: torch.Tensor) -> torch.Tensor:
-            magnitude = magnitude.flatten()
+            magnitude = magnitude.flatten() if split is None else split.vector(magnitude.flatten())
             if base is None:
-                bias, channel_dim = module.bias_to_compose(), module.channel_dim
+                bias, channel_dim = module.bias_to_compose(result), module.channel_dim
                 return dora.compose(
                     result,
                     low_rank,
