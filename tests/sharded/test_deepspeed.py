@@ -14,6 +14,7 @@ from test_ddp_fsdp2 import Collectives, device
 from tiny import Run, adapted, base_model, batches, compare, mean_over_ranks, own_rows, train, trained
 from torch import nn
 
+from peft import PeftModel, get_peft_model_state_dict
 from peft.dora import row_norm
 from peft.weights import find_weight
 from peft.weights.sharded import ShardedWeight
@@ -131,6 +132,35 @@ def test_zero3_gathers_no_weight_for_its_norm(two):
         assert found.keys() == truth.keys()
         for name, norm in found.items():
             torch.testing.assert_close(norm, truth[name], rtol=1e-6, atol=0)
+
+
+def save(folder: str, consolidated: bool) -> None:
+    """Save the adapter of an engine: by deepspeed's consolidated state dict, as Trainer does, or by the model alone."""
+    import deepspeed
+
+    model = adapted(base_model(device()))
+    parameters = [parameter for _, parameter in trained(model)]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    config = settings(3)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
+    state = engine._zero3_consolidated_16bit_state_dict() if consolidated else None
+    first = torch.distributed.get_rank() == 0
+    if first or not consolidated:
+        engine.module.save_pretrained(folder, state_dict=state, is_main_process=first)
+    torch.distributed.barrier()
+    engine.destroy()
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("consolidated", [True, False])
+def test_what_partitions_hold_is_saved_whole(two, consolidated, tmp_path):
+    two.run(save, str(tmp_path), consolidated)
+    expected = get_peft_model_state_dict(adapted())
+    found = get_peft_model_state_dict(PeftModel.from_pretrained(base_model(), tmp_path))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 class Status(enum.Enum):

@@ -4,6 +4,17 @@ that reads, writes and keeps the layer's weight as a logical matrix [out, in], h
 
 from .base import BaseWeight, Packed, is_hooked
 from .find import find_weight
-from .sharded import innermost, remembering, shards_of, whole
+from .sharded import gathered, innermost, is_partitioned, remembering, shards_of, whole
 
-__all__ = ["BaseWeight", "Packed", "find_weight", "innermost", "is_hooked", "remembering", "shards_of", "whole"]
+__all__ = [
+    "BaseWeight",
+    "Packed",
+    "find_weight",
+    "gathered",
+    "innermost",
+    "is_hooked",
+    "is_partitioned",
+    "remembering",
+    "shards_of",
+    "whole",
+]

@@ -238,6 +238,27 @@ def _whole_shape(module: nn.Module, name: str) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def gathered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with every DTensor and every partitioned parameter made whole; all processes must call it."""
+    return {name: _gathered(value) for name, value in state.items()}
+
+
+def _gathered(value: torch.Tensor) -> torch.Tensor:
+    if hasattr(value, "full_tensor"):
+        # Offloaded shards lie on the CPU, where the group may have nothing to send by.
+        return value.detach().to(value.device_mesh.device_type).full_tensor()
+    if hasattr(value, "ds_id"):
+        holder = nn.Module()
+        holder._parameters["weight"] = value
+        return whole(holder)
+    return value
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds parameters of the model."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 # ---- the weight ----------------------------------------------------------------------------------------------------
 class ShardedWeight(BaseWeight):
     """The weight of a base layer that is spread over processes, whatever its stored format.
