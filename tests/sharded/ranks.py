@@ -101,6 +101,7 @@ def _serve(rank: int, world: int, device: str, port: int, inbox: Any, outbox: An
     )  # fmt: skip
     torch.set_num_threads(1)
     if device == "cuda":
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not had in every container
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
