@@ -43,8 +43,8 @@ def llama_config(case: Case) -> LlamaConfig:
     )
 
 
-def quantize_linear(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
-    """A bitsandbytes `Linear4bit` (NF4, nested scales, bf16 products) that stores `weight` `[out, in]`."""
+def quantize_linear(linear: nn.Linear, weight: torch.Tensor, storage: torch.dtype) -> nn.Module:
+    """A bitsandbytes `Linear4bit` (NF4, nested scales, bf16 products) that keeps `weight` `[out, in]` in `storage`."""
     import bitsandbytes as bnb
 
     with torch.device("meta"):
@@ -55,16 +55,17 @@ def quantize_linear(linear: nn.Linear, weight: torch.Tensor) -> nn.Module:
             compute_dtype=torch.bfloat16,
             compress_statistics=True,
             quant_type="nf4",
+            quant_storage=storage,
         )
     parameter = bnb.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=storage, module=packed
     )
     packed.weight = parameter.to(weight.device)
     return packed
 
 
 @torch.no_grad()
-def materialize(model: nn.Module, case: Case) -> None:
+def materialize(model: nn.Module, case: Case, storage: torch.dtype) -> None:
     """Gives the parameters of a model on the meta device seeded random values, made on the case's device, one by one.
 
     No second copy of the model ever exists, so that 70B in NF4 needs no more memory than it keeps.
@@ -82,15 +83,15 @@ def materialize(model: nn.Module, case: Case) -> None:
         for name, child in list(module.named_children()):
             if case.base == "nf4" and isinstance(child, nn.Linear) and name in case.targets:
                 weight = torch.empty(child.weight.shape, device=case.device, dtype=dtype)
-                setattr(module, name, quantize_linear(child, weight.normal_(0.0, 0.02, generator=generator)))
+                setattr(module, name, quantize_linear(child, weight.normal_(0.0, 0.02, generator=generator), storage))
 
 
-def build_base(case: Case) -> nn.Module:
-    """The frozen base of `case` on its device."""
+def build_base(case: Case, storage: torch.dtype = torch.uint8) -> nn.Module:
+    """The frozen base of `case` on its device; NF4's bytes are kept in `storage`."""
     config = llama_config(case)
     with torch.device("meta"):
         model = LlamaMLP(config) if case.mlp else LlamaForCausalLM(config)
-    materialize(model, case)
+    materialize(model, case, storage)
     if not case.mlp:
         # Its buffers are computed, not stored, and so are none of materialize's business.
         with torch.device(case.device):

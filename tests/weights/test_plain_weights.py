@@ -223,3 +223,15 @@ def test_a_patched_class_is_not_direct(monkeypatch):
 
 def test_an_embedding_that_renormalises_its_weight_is_not_direct():
     assert not find_weight(nn.Embedding(4, 4, max_norm=1.0)).direct()
+
+
+def test_a_weight_that_somebody_gathers_has_no_lasting_identity():
+    """What FSDP or ZeRO writes into the gathered tensor counts no version."""
+    layer = nn.Linear(4, 3)
+    weight = find_weight(layer)
+    assert weight.key() == weight.key()
+    layer._is_fsdp_managed_module = True
+    assert weight.key() != weight.key()
+    del layer._is_fsdp_managed_module
+    layer.weight.ds_id = 1
+    assert weight.key() != weight.key()

@@ -71,6 +71,9 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
         a, b: A and B in one dtype.
         scaling: s.
     """
+    pieces = getattr(weight, "pieces", None)
+    if pieces is not None:
+        return _row_norm_of_pieces(weight, pieces(), a, b, scaling)
     out, features = weight.shape
     wide = torch.float64 if torch.float64 in (weight.dtype, a.dtype) else torch.float32
     # At most four matrices of a chunk live together: W as stored and in the wide dtype, the product, the sum.
@@ -88,6 +91,19 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
                 total = torch.mm(b[start:stop], a, out_dtype=wide).mul_(scaling).add_(base)
             norms.append(torch.linalg.vector_norm(total, dim=1))
     return torch.cat(norms) if norms else torch.empty(0, dtype=wide, device=a.device)
+
+
+def _row_norm_of_pieces(
+    weight: Any, pieces: list[Any], a: torch.Tensor, b: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The norm of a weight that is spread over processes: each squares its own blocks, and the squares are reduced."""
+    wide = torch.float64 if torch.float64 in (weight.dtype, a.dtype) else torch.float32
+    squares = torch.zeros(weight.shape[0], dtype=wide, device=a.device)
+    for piece in pieces:
+        (row, column), (rows, columns) = (piece.row, piece.column), piece.shape
+        norms = row_norm_torch(piece.on(a.device), a[:, column : column + columns], b[row : row + rows], scaling)
+        squares[row : row + rows] += norms.square_()
+    return weight.sum(squares).sqrt_()
 
 
 def _has_wide_product(a: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from peft.utils.atomic import StagedFiles
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import id_tensor_storage
 from peft.utils.seams import public
+from peft.weights import gathered, is_partitioned
 
 if TYPE_CHECKING:
     from .base import PeftModel
@@ -46,6 +47,9 @@ def save_adapters(
     if unknown:
         raise ValueError(f"selected_adapters={unknown}: this model has {list(model.peft_config)}.")
 
+    state_dict = kwargs.get("state_dict")
+    if state_dict is None and is_partitioned(model):
+        state_dict = model.state_dict(keep_vars=True)  # what ZeRO-3 says of a partition it says on the parameter
     folder = Path(directory)
     with StagedFiles() as files:
         if is_main_process:
@@ -54,11 +58,9 @@ def save_adapters(
         for name in names:
             # every process takes part: a state dict may have to be gathered from all of them
             state = public(FACADE, "get_peft_model_state_dict")(
-                model,
-                state_dict=kwargs.get("state_dict"),
-                adapter_name=name,
-                save_embedding_layers=save_embedding_layers,
+                model, state_dict=state_dict, adapter_name=name, save_embedding_layers=save_embedding_layers
             )
+            state = gathered(state)
             config = config_to_save(model, name)
             if initial_adapter is not None:
                 state, config = as_plain_lora(model, name, config, state, initial_adapter)

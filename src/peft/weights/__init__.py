@@ -2,7 +2,20 @@
 """What is W? One question, answered by one class for each storage format: `find_weight(layer)` gives a `BaseWeight`
 that reads, writes and keeps the layer's weight as a logical matrix [out, in], however its bytes are stored."""
 
-from .base import BaseWeight, Packed
+from .base import BaseWeight, Packed, is_hooked
 from .find import find_weight, is_a
+from .sharded import gathered, innermost, is_partitioned, remembering, shards_of, whole
 
-__all__ = ["BaseWeight", "Packed", "find_weight", "is_a"]
+__all__ = [
+    "BaseWeight",
+    "Packed",
+    "find_weight",
+    "gathered",
+    "innermost",
+    "is_a",
+    "is_hooked",
+    "is_partitioned",
+    "remembering",
+    "shards_of",
+    "whole",
+]

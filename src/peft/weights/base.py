@@ -101,6 +101,14 @@ def bears(tensor: torch.Tensor, stamped: tuple) -> bool:
     )
 
 
+def comes_and_goes(layer: nn.Module) -> bool:
+    """Whether somebody gathers a layer's weight for each pass and lets go of it afterwards (FSDP, ZeRO-3).
+
+    What is written to the shards in between leaves no trace on the gathered tensor.
+    """
+    return "_is_fsdp_managed_module" in layer.__dict__ or hasattr(dict.get(layer._parameters, "weight"), "ds_id")
+
+
 def writing(tensor: torch.Tensor):
     """The context in which `tensor` may be written to in place."""
     return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
@@ -260,14 +268,23 @@ class BaseWeight(ABC):
 _PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward: hooks, or a forward set on the instance."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
 def untouched(layer: nn.Module, weight: torch.Tensor, own_type: type = nn.Parameter) -> bool:
     """True when calling `layer` runs its class's forward and nothing else, on a weight that is here and whole."""
     return (
-        "forward" not in layer.__dict__
+        not is_hooked(layer)
         and "_hf_hook" not in layer.__dict__
-        and not (
-            layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        )
         and type(layer).__call__ is _torch_module.Module.__call__
         and type(weight) in (*_PLAIN_TYPES, own_type)
         and not weight.is_meta

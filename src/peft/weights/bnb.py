@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .base import BaseWeight, Packed, SameObject, bears, overwrite, stamp, untouched
+from .base import BaseWeight, Packed, SameObject, bears, comes_and_goes, overwrite, stamp, untouched
 from .plain import PlainWeight
+from .sharded import Piece, ShardedWeight, pieces_of_run
 
 STAMP = 5  # entries of a stamp
 
@@ -120,6 +121,8 @@ class Weight4bit(_Quantised):
         self._put(snapshot.data.to(device), state)
 
     def key(self) -> tuple:
+        if comes_and_goes(self.layer):
+            return (object(),)
         with _no_dispatch():
             weight = self.layer.weight
             state = quant_state_of(weight, self.layer)
@@ -128,6 +131,8 @@ class Weight4bit(_Quantised):
             return (*stamp(weight), SameObject(state), *stamp(state.absmax))
 
     def has_key(self, key: tuple) -> bool:
+        if comes_and_goes(self.layer):
+            return False
         with _no_dispatch():
             weight = self.layer.weight
             state = quant_state_of(weight, self.layer)
@@ -263,6 +268,44 @@ class Weight8bit(_Quantised):
         holder.CB, holder.SCB = data, scb
 
 
+class ShardedWeight4bit(ShardedWeight):
+    """A 4-bit weight whose packed bytes are spread over processes. It can be read, not written."""
+
+    format = "sharded bnb 4bit"
+
+    @property
+    def _state(self) -> Any:
+        return quant_state_of(dict.get(self.layer._parameters, "weight"), self.layer)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._state.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        return self.layer.compute_dtype
+
+    @property
+    def lossy(self) -> bool:
+        return True
+
+    def pieces(self) -> list[Piece]:
+        local, start = self.shards.local, self.shards.start
+        entry = start if isinstance(start, int) else start[0]  # the packed bytes are one column
+        run = _read_run(_bytes(local), 2 * entry * local.element_size(), self._state)
+        return pieces_of_run(run, 2 * entry * local.element_size(), self.shape[1])
+
+    def write(self, matrix: torch.Tensor) -> None:
+        raise RuntimeError(
+            "write(matrix) to a 4-bit weight in shards: blocks that share a scale lie on several processes. Gather the "
+            "model (for example with FSDP.summon_full_params), or merge the adapter on one process."
+        )
+
+
 # Every look at a Params4bit goes through its `__torch_function__`, in Python: key() is asked in each forward pass.
 _no_dispatch = torch._C.DisableTorchFunctionSubclass
 
@@ -360,16 +403,38 @@ def _read_rows(weight: torch.Tensor, state: Any, a: int, b: int) -> torch.Tensor
         return torch.empty((b - a, features), dtype=state.dtype, device=weight.device)
     first, last = start // size, -(-stop // size)
     end = min(last * size, out * features)
-    cover = bnb.QuantState(
+    cover = _part_of_state(state, first, last, [b - a, features] if features % size == 0 else [end - first * size])
+    flat = bnb.dequantize_4bit(_bytes(weight)[first * size // 2 : -(-end // 2)].view(-1, 1), cover).reshape(-1)
+    return flat[start - first * size : stop - first * size].view(b - a, features)
+
+
+def _read_run(data: torch.Tensor, start: int, state: Any) -> torch.Tensor:
+    """The entries, in row-major order, that a run of packed bytes holds; `start` counts entries before it."""
+    import bitsandbytes.functional as bnb
+
+    size = state.blocksize
+    stop = min(start + 2 * len(data), state.shape.numel())
+    if stop <= start:
+        return torch.empty(0, dtype=state.dtype, device=data.device)
+    first = start // size
+    lead = start - first * size  # even: a byte is never split
+    padded = torch.cat((data.new_zeros(lead // 2), data))[: -(-(stop - first * size) // 2)]
+    cover = _part_of_state(state, first, -(-stop // size), [stop - first * size])
+    return bnb.dequantize_4bit(padded.view(-1, 1), cover).reshape(-1)[lead:]
+
+
+def _part_of_state(state: Any, first: int, last: int, shape: list[int]) -> Any:
+    """The `QuantState` of blocks first to last alone, that hold a matrix or vector of this shape."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.QuantState(
         absmax=_scales(state, first, last),
-        shape=torch.Size([b - a, features] if features % size == 0 else [end - first * size]),
+        shape=torch.Size(shape),
         code=state.code,
-        blocksize=size,
+        blocksize=state.blocksize,
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    flat = bnb.dequantize_4bit(_bytes(weight)[first * size // 2 : -(-end // 2)].view(-1, 1), cover).reshape(-1)
-    return flat[start - first * size : stop - first * size].view(b - a, features)
 
 
 _INTERLEAVED_ROWS = 32

@@ -13,7 +13,7 @@ from torch import nn
 from .aqlm import AqlmWeight
 from .awq import AwqWeight
 from .base import BaseWeight
-from .bnb import Weight4bit, Weight8bit
+from .bnb import ShardedWeight4bit, Weight4bit, Weight8bit
 from .closed import ClosedWeight
 from .compressed import CompressedTensorsWeight, is_compressed_tensors
 from .eetq import EetqWeight
@@ -23,6 +23,7 @@ from .hqq import HqqWeight
 from .inc import IncWeight
 from .offloaded import OffloadedWeight, offload_hook
 from .plain import PlainWeight
+from .sharded import ShardedWeight, innermost, shards_of
 from .te import TeWeight
 from .torchao import TorchaoWeight, is_torchao_tensor
 
@@ -76,29 +77,36 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     Compressor and Transformer Engine, transformers' float8 ones, and their subclasses, and `nn.Linear` with a tensor of
     torchao's classes or a scheme of compressed-tensors. Any other module with a floating `weight` of two or more
     dimensions counts as plain, with the output features first. A plain
-    weight that accelerate offloaded is read by `OffloadedWeight`.
+    weight that accelerate offloaded is read by `OffloadedWeight`, one that is sharded now by `ShardedWeight`.
 
     Args:
-        layer: The base layer itself, not the adapter layer around it.
+        layer: The base layer itself, not the adapter layer around it; it may be in FSDP's wrapper.
         fan_in_fan_out: The weight of a linear or unknown layer is stored [in, out]. Layers that are known to store it
             one way keep to that.
 
     Raises:
         TypeError: The layer has no weight that can be read as a matrix, or keeps it in a format that is not supported.
     """
-    kind = type(layer)
+    inner = innermost(layer)
+    kind = type(inner)
     maker = _makers.get(kind)
     if maker is None:
         maker = _makers[kind] = _choose(kind)
+    shards = shards_of(layer)
+    if shards is not None:
+        plain = maker(inner, fan_in_fan_out)
+        # Until it is quantised a bitsandbytes layer holds a plain weight.
+        packed = isinstance(plain, Weight4bit) and getattr(inner, "quant_state", None) is not None
+        return (ShardedWeight4bit if packed else ShardedWeight)(layer, plain, shards)
     if maker is PlainWeight:
-        if is_torchao_tensor(getattr(layer, "weight", None)):
-            return TorchaoWeight(layer)
-        if is_compressed_tensors(layer):
-            return CompressedTensorsWeight(layer)
-        _check_plain(layer)
-    weight = maker(layer, fan_in_fan_out)
-    if type(weight) is PlainWeight and layer.weight.is_meta:
-        hook = offload_hook(layer)
+        if is_torchao_tensor(getattr(inner, "weight", None)):
+            return TorchaoWeight(inner)
+        if is_compressed_tensors(inner):
+            return CompressedTensorsWeight(inner)
+        _check_plain(inner)
+    weight = maker(inner, fan_in_fan_out)
+    if type(weight) is PlainWeight and inner.weight.is_meta:
+        hook = offload_hook(inner)
         return weight if hook is None else OffloadedWeight(weight, hook)
     return weight
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from .base import BaseWeight, bears, overwrite, stamp, untouched, writing
+from .base import BaseWeight, bears, comes_and_goes, overwrite, stamp, untouched, writing
 
 
 class PlainWeight(BaseWeight):
@@ -68,10 +68,10 @@ class PlainWeight(BaseWeight):
             overwrite(weight, snapshot.to(weight.device))
 
     def key(self) -> tuple:
-        return stamp(self.layer.weight)
+        return (object(),) if comes_and_goes(self.layer) else stamp(self.layer.weight)
 
     def has_key(self, key: tuple) -> bool:
-        return bears(self.layer.weight, key)
+        return not comes_and_goes(self.layer) and bears(self.layer.weight, key)
 
     def direct(self) -> bool:
         layer = self.layer

@@ -15,6 +15,7 @@ from torch import nn
 from peft import dora
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from peft.utils.other import transpose
+from peft.weights import innermost, is_hooked
 
 # Kept because other packages switch it (`peft.helpers.DoraCaching`). The norm is always reused, and exactly so, while
 # nothing that it depends on has changed; there is nothing left to switch.
@@ -37,6 +38,19 @@ def cache_decorator(cache_key: str) -> Callable[[Callable[..., Any]], Callable[.
         return call
 
     return decorate
+
+
+def inside(holder: nn.Module, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`work(magnitude)`, in a call of the magnitude's module where such calls are hooked: FSDP and ZeRO gather there.
+
+    Args:
+        holder: A `DoraLinearLayer`, or a wrapper around one.
+        work: What is done with the magnitude.
+    """
+    if isinstance(holder, DoraLinearLayer) and not is_hooked(holder):
+        return work(holder.weight)
+    needed = {"embed_fn": None} if isinstance(innermost(holder), DoraEmbeddingLayer) else {}
+    return holder(work, lora_A=None, lora_B=None, scaling=1.0, base_layer=None, **needed)
 
 
 def _matrix(factor: nn.Module | torch.Tensor) -> torch.Tensor:
@@ -91,7 +105,7 @@ class DoraLinearLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
         *,
         lora_A: Any,
         lora_B: Any,
@@ -103,13 +117,15 @@ class DoraLinearLayer(nn.Module):
         """What DoRA adds to the base layer's output: (g − 1)∘(W x) + g∘(s · B A x), with g = magnitude / norm.
 
         Args:
-            x: Input, after dropout.
+            x: Input, after dropout; or a function of the magnitude, which alone is called then (`inside`).
             lora_A, lora_B: The factors' modules.
             scaling: s.
             base_layer: The frozen layer.
             base_result: Its output for `x`, if known, bias included.
             adapter_name: Not used: the norm depends on the factors alone.
         """
+        if not isinstance(x, torch.Tensor):
+            return x(self.weight)
         bias = getattr(base_layer, "bias", None)
         base = base_layer(x) if base_result is None else base_result
         if bias is not None:
@@ -143,7 +159,7 @@ class DoraEmbeddingLayer(DoraLinearLayer):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Callable[[torch.Tensor], torch.Tensor],
         *,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
@@ -155,13 +171,15 @@ class DoraEmbeddingLayer(DoraLinearLayer):
         """The gain `[dim]` and the scaled branch g∘(s · B A[:, x]) that DoRA adds to g∘W[x].
 
         Args:
-            x: Token ids.
+            x: Token ids; or a function of the magnitude, which alone is called then (`inside`).
             lora_A, lora_B: A `[num, r]` transposed for look-up, and B `[r, dim]`.
             scaling: s.
             base_layer: The embedding.
             embed_fn: Looks ids up in a table.
             adapter_name: Not used.
         """
+        if not isinstance(x, torch.Tensor):
+            return x(self.weight)
         lora_weight = (lora_A @ lora_B).detach()
         gain = dora.gain(self.weight, self.get_weight_norm(base_layer.weight, lora_weight, scaling).detach())
         return gain, gain * (embed_fn(x, lora_A) @ lora_B) * scaling

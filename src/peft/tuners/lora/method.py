@@ -20,7 +20,7 @@ class LoraMethod(Additive):
         return why_no_bias_fold(layer, name)
 
     def apply(self, layer: LoraLayer, name: str, x: torch.Tensor, y: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return y + layer.low_rank(name, x) * layer.scaling[name]
+        return y + layer.low_rank(name, x, y) * layer.scaling[name]
 
     def delta(self, layer: LoraLayer, name: str) -> torch.Tensor:
         return layer.fold_delta(name)

@@ -15,13 +15,14 @@ from peft import dora
 from peft.engine.machine import AdapterLayer
 from peft.engine.method import Method
 from peft.utils.warning import PeftWarning
-from peft.weights import find_weight
+from peft.weights import find_weight, shards_of, whole
 
 from .. import inits
 from ..method import LORA
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
+    from .parallel import Split
     from .variant import LoraVariant
 
 # What in a config asks for a variant; `init_lora_weights="mica"` does too.
@@ -92,30 +93,63 @@ class LoraLayer(AdapterLayer):
         """Put new A and B into their slots; `reset_lora_parameters` fills them."""
         raise NotImplementedError
 
-    def low_rank(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """B A d(x) with the adapter's dropout d, and B's bias where it has one; not scaled."""
-        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
-        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
+    def low_rank(self, name: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        """B A d(x) with the adapter's dropout d, and B's bias where it has one; not scaled.
 
-    def low_rank_of_dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        Args:
+            name: The adapter.
+            x: The layer's input.
+            y: The base layer's output; where that is a part of the features (tensor parallelism), the result is too.
+        """
+        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        return self.low_rank_of_dropped(name, self.lora_dropout[name](x), y)
+
+    def low_rank_of_dropped(self, name: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         """As `low_rank`, of an input that dropout has been applied to."""
         x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        split = None if y is None else self.split(x, y)
+        if split is not None:
+            return split.low_rank(x, *self.factors(name), self.low_rank_bias(name))
         return self.lora_B[name](self.lora_A[name](x))
+
+    def split(self, x: torch.Tensor, y: torch.Tensor) -> Split | None:
+        """This process's part of the layer under tensor parallelism, None where input and output are whole."""
+        return None
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer's output without its bias."""
         y = self.call_base(x)
-        bias = self.bias_to_compose()
+        bias = self.bias_to_compose(y)
         return y if bias is None else y - self._along_channels(bias.to(y.dtype), y)
 
-    def bias_to_compose(self) -> torch.Tensor | None:
-        """The base layer's bias `[out]`, read from where it is kept while the layer does not run."""
+    def bias_to_compose(self, y: torch.Tensor) -> torch.Tensor | None:
+        """The base layer's bias `[out]` as it is in an output `y`, read from where it is kept while the layer does not
+        run, gathered where it is sharded apart from this layer.
+
+        Raises:
+            ValueError: It is trained, and its gradient would not find its way back to the shards.
+        """
+        base = self.get_base_layer()
         bias = self._base_bias()
-        return bias if bias is None or not bias.is_meta else find_weight(self.get_base_layer()).bias
+        shards = None if bias is None else shards_of(base, "bias")
+        if shards is None:
+            return bias if bias is None or not bias.is_meta else find_weight(base).bias  # offloaded
+        if shards.local.numel() == y.shape[self.channel_dim]:
+            return bias.to_local()  # split as the output is
+        if bias.requires_grad:
+            raise ValueError(
+                "DoRA with bias='lora_only' or 'all': the base layer is a shard unit of its own, so that its trained "
+                "bias is gone once it has run. Shard the block around it, not the layer, or set bias='none'."
+            )
+        return whole(base, "bias")
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A `[r, in]` and B `[out, r]` as matrices that match the rows of the base weight."""
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        return whole(self.lora_A[name]), whole(self.lora_B[name])
+
+    def factor_modules(self, name: str) -> tuple[nn.Module, ...]:
+        """The modules that hold A and B, where they are modules."""
+        return (self.lora_A[name], self.lora_B[name]) if name in self.lora_A else ()
 
     def norm_weight(self) -> Any:
         """The base weight as `peft.dora` reads it: one row an output feature."""
@@ -329,10 +363,10 @@ class LoraLayer(AdapterLayer):
 
     def dora_route(self, name: str) -> dora.Route:
         """Which body of the DoRA engine runs for an adapter, and why."""
-        a = self.factors(name)[0]
+        slot = self.lora_A if name in self.lora_A else self.lora_embedding_A
         weight = self.norm_weight()
         return dora.plan(
-            device=a.device,
+            device=_first_parameter(slot[name]).device,
             dtype=weight.dtype,
             want_triton=self._use_dora_triton.get(name, False) if name in self.lora_magnitude_vector else None,
             kind=self.dora_kind,
@@ -364,3 +398,7 @@ class LoraLayer(AdapterLayer):
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
+
+
+def _first_parameter(entry: nn.Module | torch.Tensor) -> torch.Tensor:
+    return entry if isinstance(entry, torch.Tensor) else next(entry.parameters())

@@ -80,7 +80,7 @@ class _ConvNd(LoraLayer, nn.Module):
         return base._conv_forward(x, base.weight, None)  # nothing to take away again, so nothing is rounded twice
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
+        a, b = (factor.flatten(1) for factor in super().factors(name))
         groups = self.lora_B[name].groups
         if groups > 1:  # a row of B only meets the ranks of its own group
             b = torch.block_diag(*b.chunk(groups))

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import Module
 
+from peft.weights import whole
+
 from ..inits import STARTS
 from ..variants.dora import DoraEmbeddingVariant
 from ..variants.mica import MiCAEmbeddingVariant
@@ -79,7 +81,7 @@ class Embedding(LoraLayer, nn.Module):
     def low_rank_bias(self, name: str) -> None:
         return None
 
-    def low_rank(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def low_rank(self, name: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         a, b = self.factors(name)
         return self._embed(x, a.t()) @ b.t()
 
@@ -87,7 +89,7 @@ class Embedding(LoraLayer, nn.Module):
         return self.base_layer(x)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+        return whole(self.lora_embedding_A, name), whole(self.lora_embedding_B, name)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`scaling · (B A)ᵀ`, shape `[num_embeddings, embedding_dim]`."""

@@ -27,6 +27,7 @@ from ..variants.mica import MiCALinearVariant
 from ..variants.monteclora import MontecloraLinearVariant
 from ..variants.velora import VeloraLinearVariant
 from .base import LoraLayer
+from .parallel import Split, split_of
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -62,12 +63,13 @@ class FusedPlan:
 
     def is_in_place(self, layer: LoraLinearBase) -> bool:
         """Whether the modules are those of the plan, and calling them does no more than their class's forward."""
-        base, a, b = self.modules
+        base, a, b, *_ = self.modules
         own = layer._modules
         return (
             own["lora_A"]._modules.get(self.name) is a
             and own["lora_B"]._modules.get(self.name) is b
             and own["base_layer"] is base
+            and own["lora_magnitude_vector"]._modules.get(self.name) is self.magnitude
             and not any(self.hooks)
             and "forward" not in a.__dict__
             and "forward" not in b.__dict__
@@ -148,6 +150,9 @@ class LoraLinearBase(LoraLayer, nn.Module):
         variant = self.lora_variant.get(adapter_name)
         return variant is None or variant.supports_lora_conversion()
 
+    def split(self, x: torch.Tensor, y: torch.Tensor) -> Split | None:
+        return split_of(self, x, y)
+
     def call_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As of every layer; where the base layer's own forward pass records no gradient, one with it."""
         if torch.is_grad_enabled() and not isinstance(self.base_layer, BaseTunerLayer):
@@ -191,7 +196,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
         cache = self.norm_cache(name) if route.path == "triton" or type(variant) is DoraLinearVariant else None
         magnitude = self.lora_magnitude_vector[name] if name in self.lora_magnitude_vector else None
         dropout = None if type(self.lora_dropout[name]) is nn.Identity else self.lora_dropout[name]
-        modules = self.base_layer, lora_a, lora_b
+        modules = tuple(filter(None, (self.base_layer, lora_a, lora_b, magnitude)))
         hooks = tuple(
             hooks
             for module in modules

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peft.weights import whole
+
 from .additive import AdditiveVariant
 
 if TYPE_CHECKING:
@@ -106,4 +108,4 @@ def _names_it(patterns: list[str] | None, target: str) -> bool:
 
 def as_matrix(factor: nn.Module) -> torch.Tensor:
     """The weight of A or B as a matrix, whether it is block-diagonal or not."""
-    return factor.weight_as_blockdiagonal_matrix() if isinstance(factor, BlockDiagonalLinear) else factor.weight
+    return factor.weight_as_blockdiagonal_matrix() if isinstance(factor, BlockDiagonalLinear) else whole(factor)

@@ -9,8 +9,9 @@ import torch
 
 from peft import dora
 from peft.engine.method import Folded
+from peft.weights import remembering
 
-from ..dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer, DoraEmbeddingLayer, DoraLinearLayer
+from ..dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer, DoraEmbeddingLayer, DoraLinearLayer, inside
 from ..layer.variant import LoraVariant
 
 if TYPE_CHECKING:
@@ -55,30 +56,38 @@ class DoraLinearVariant(LoraVariant):
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        magnitude = module.lora_magnitude_vector[active_adapter].weight.flatten()
-        norm = module.dora_norm(active_adapter)
         scaling = module.scaling[active_adapter]
         dropout = module.lora_dropout[active_adapter]
-        if (
-            isinstance(dropout, torch.nn.Identity)
-            or not dropout.training
-            or dropout.p == 0.0
-            or not x.is_floating_point()
-        ):
-            return dora.compose(
-                result,
-                module.low_rank(active_adapter, x),
-                magnitude=magnitude,
-                norm=norm,
-                scaling=scaling,
-                bias=module.bias_to_compose(),
-                channel_dim=module.channel_dim,
-            )
-        dropped = dropout(module._cast_input_dtype(x, module.lora_A[active_adapter].weight.dtype))
-        base = module.base_product(dropped.to(x.dtype))
-        low_rank = module.low_rank_of_dropped(active_adapter, dropped)
-        gain = module._along_channels(dora.gain(magnitude, norm), base)
-        return result + (gain - 1) * base + gain * scaling * low_rank
+        drops = dropout.training and getattr(dropout, "p", 0.0) > 0.0
+        with remembering(*module.factor_modules(active_adapter)):
+            if drops and x.is_floating_point():
+                dropped = dropout(module._cast_input_dtype(x, module.lora_A[active_adapter].weight.dtype))
+                base = module.base_product(dropped.to(x.dtype))
+                low_rank = module.low_rank_of_dropped(active_adapter, dropped, result)
+            else:
+                base, low_rank = None, module.low_rank(active_adapter, x, result)
+            norm = module.dora_norm(active_adapter)
+        split = module.split(x, result)
+        if split is not None:
+            norm = split.constant(norm)
+
+        def composed(magnitude: torch.Tensor) -> torch.Tensor:
+            magnitude = magnitude.flatten() if split is None else split.vector(magnitude.flatten())
+            if base is None:
+                bias, channel_dim = module.bias_to_compose(result), module.channel_dim
+                return dora.compose(
+                    result,
+                    low_rank,
+                    magnitude=magnitude,
+                    norm=norm,
+                    scaling=scaling,
+                    bias=bias,
+                    channel_dim=channel_dim,
+                )
+            gain = module._along_channels(dora.gain(magnitude, norm), base)
+            return result + (gain - 1) * base + gain * scaling * low_rank
+
+        return inside(module.lora_magnitude_vector[active_adapter], composed)
 
     # ---- weight ----------------------------------------------------------------------------------------------------
     def prepare_fold(self, layer: LoraLayer, name: str, weight: torch.Tensor) -> Kept:

@@ -1,0 +1,230 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""DoRA under FSDP's first version, with its flat parameters, and QDoRA with packed weights among them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_ddp_fsdp2 import sharded
+from tiny import Run, adapted, base_model, compare, gradients_of, parameters_of, train
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from peft.dora import row_norm
+from peft.utils.other import fsdp_auto_wrap_policy
+from peft.weights import find_weight
+from peft.weights.bnb import ShardedWeight4bit
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:use_dora_triton")
+
+
+def device() -> torch.device:
+    if torch.distributed.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def leaves_policy() -> Any:
+    """Every module that holds parameters itself is a unit, base layers among them."""
+    return partial(
+        lambda_auto_wrap_policy, lambda_fn=lambda module: any(True for _ in module.parameters(recurse=False))
+    )
+
+
+def wrapped(model: nn.Module, use_orig_params: bool, units: str, **settings: Any) -> nn.Module:
+    policy = fsdp_auto_wrap_policy(model) if units == "policy" else leaves_policy()
+    return FSDP(model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=device(), **settings)
+
+
+def gradients_of_flat(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of flat parameters that hold one parameter each."""
+    found = {}
+    for name, module in model.named_modules():
+        handle = module._handle if isinstance(module, FSDP) else None
+        if handle is None or not handle.flat_param.requires_grad:
+            continue
+        flat = handle.flat_param
+        shards = [torch.empty_like(flat.grad) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(shards, flat.grad)
+        entries = torch.cat(shards)[: flat._shapes[0].numel()]
+        found[f"{name}.{flat._param_infos[0].param_name}"] = entries.view(flat._shapes[0]).cpu()
+    return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in found.items()}
+
+
+def gradients_of_original(model: nn.Module) -> dict[str, torch.Tensor]:
+    with FSDP.summon_full_params(model, writeback=False, with_grads=True):
+        return gradients_of(model)
+
+
+def parameters_whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    with FSDP.summon_full_params(model, writeback=False):
+        return parameters_of(model)
+
+
+def fsdp1(
+    options: dict[str, Any],
+    use_orig_params: bool,
+    units: str = "policy",
+    quantised: dict | None = None,
+    **settings: Any,
+) -> Run:
+    model = adapted(base(quantised, device()), **options)
+    outer = wrapped(model, use_orig_params, units, **settings)
+    gradients = gradients_of_original if use_orig_params else gradients_of_flat
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return train(outer, rank=rank, world=world, gradients=gradients, parameters=parameters_whole)
+
+
+def base(quantised: dict | None, device: torch.device) -> nn.Module:
+    """The base model; with settings for it, its linear layers in bitsandbytes' four bits."""
+    storage = (quantised or {}).get("storage", torch.float32)
+    model = base_model(dtype=storage, hidden_size=64, intermediate_size=128)
+    return (model if quantised is None else packed(model, **quantised)).to(device)
+
+
+def packed(model: nn.Module, quant_type: str = "nf4", nested: bool = True, storage: Any = torch.float32) -> nn.Module:
+    """Linear layers but the head become `Linear4bit`; what FSDP flattens together must have one dtype: `storage`."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in name:
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
+                compress_statistics=nested, quant_type=quant_type, quant_storage=storage,
+            )  # fmt: skip
+            layer.load_state_dict(module.state_dict())
+            model.set_submodule(name, layer.to("cpu"))
+    return model
+
+
+def packed_fsdp2(quantised: dict, units: str) -> Run:
+    model = sharded(adapted(base(quantised, device())), units)
+    return train(model, rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
+
+
+def norms_of_packed_shards() -> dict[str, float]:
+    """The relative error of norms taken from shards of packed bytes."""
+    errors = {}
+    for storage in (torch.uint8, torch.bfloat16, torch.float32):
+        for shape in ((14, 100), (7, 64), (3, 8), *[(3, 7)] * (storage == torch.uint8)):
+            layer = bnb_layer(*shape, storage)
+            plain = find_weight(layer)
+            a, b = torch.randn(2, shape[1]), torch.randn(shape[0], 2)
+            truth, dense = row_norm(plain, a, b, 0.7), plain.dense()
+            mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+            spread = distribute_tensor(layer.weight.data.as_subclass(torch.Tensor), mesh, [Shard(0)])
+            layer.weight = nn.Parameter(spread, requires_grad=False)
+            found = find_weight(layer)
+            assert isinstance(found, ShardedWeight4bit) and torch.equal(found.dense(), dense)
+            errors[f"{storage} {shape}"] = ((row_norm(found, a, b, 0.7) - truth).abs() / truth).max().item()
+    return errors
+
+
+def bnb_layer(out: int, features: int, storage: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(features, out, bias=False, quant_storage=storage)
+    torch.manual_seed(0)
+    nn.init.normal_(layer.weight)
+    return layer.to("cpu")
+
+
+def refused_write() -> str:
+    layer = bnb_layer(8, 64, torch.uint8)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    spread = distribute_tensor(layer.weight.data.as_subclass(torch.Tensor), mesh, [Shard(0)])
+    layer.weight = nn.Parameter(spread, requires_grad=False)
+    with pytest.raises(RuntimeError, match="4-bit weight in shards") as caught:
+        find_weight(layer).write(torch.zeros(8, 64))
+    return str(caught.value)
+
+
+def alone(options: dict[str, Any], quantised: dict | None = None) -> Run:
+    return train(adapted(base(quantised, torch.device("cpu")), **options))
+
+
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("options", [{}, {"use_dora": False}], ids=["dora", "lora"])
+def test_fsdp1_trains_what_one_process_trains(two, options, use_orig_params, units):
+    truth = alone(options)
+    for run in two.run(fsdp1, options, use_orig_params, units):
+        compare(run, truth)
+
+
+PACKED = {
+    "nf4": {},
+    "plain": {"nested": False},
+    "fp4": {"quant_type": "fp4"},
+    "bf16": {"storage": torch.bfloat16},
+}
+
+
+def test_flat_shards_on_four_ranks_split_rows(four):
+    for run in four.run(fsdp1, {}, True, "leaves"):
+        compare(run, alone({}))
+
+
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+def test_parameters_that_stay_whole_until_the_backward_pass(two, units):
+    truth = alone({})
+    for run in two.run(fsdp1, {}, True, units, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP):
+        compare(run, truth)
+
+
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_qdora_with_packed_weights_in_flat_parameters(two, use_orig_params, units):
+    truth = alone({}, PACKED["nf4"])
+    for run in two.run(fsdp1, {}, use_orig_params, units, PACKED["nf4"]):
+        compare(run, truth)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fp4"])
+def test_other_four_bit_formats_in_shards(two, kind):
+    truth = alone({}, PACKED[kind])
+    for run in two.run(fsdp1, {}, True, "leaves", PACKED[kind]):
+        compare(run, truth)
+
+
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+def test_packed_bytes_are_stored_as_bfloat16(two, units):
+    """As Trainer sets it up: `bnb_4bit_quant_storage` is the dtype of everything else that is flattened with it."""
+    truth = alone({}, PACKED["bf16"])
+    for run in two.run(fsdp1, {}, False, units, PACKED["bf16"]):
+        compare(run, truth, rtol=2e-3)
+
+
+@pytest.mark.parametrize("units", ["blocks", "leaves"])
+def test_qdora_under_fsdp2(two, units):
+    truth = alone({}, PACKED["nf4"])
+    for run in two.run(packed_fsdp2, PACKED["nf4"], units):
+        compare(run, truth)
+
+
+def test_norms_of_packed_shards(four):
+    """Every storage dtype; shards that end inside a block, a row and a byte's pair."""
+    for results in four.run(norms_of_packed_shards):
+        for what, error in results.items():
+            assert error < 1e-6, what
+
+
+def test_a_packed_weight_in_shards_is_not_written(two):
+    for message in two.run(refused_write):
+        assert "summon_full_params" in message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_and_qdora_through_nccl(gpus, use_orig_params):
+    for quantised in (None, PACKED["nf4"]):
+        truth = alone({}, quantised)
+        for run in gpus.run(fsdp1, {"use_dora_triton": True}, use_orig_params, "policy", quantised):
+            compare(run, truth, rtol=1e-4)

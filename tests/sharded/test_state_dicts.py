@@ -1,0 +1,198 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""Adapters between one process and several: gathered and saved, loaded and split again, in every direction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from test_ddp_fsdp2 import device, sharded
+from test_fsdp1 import wrapped
+from tiny import adapted, base_model, batches, trained, whole
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:torch.distributed is disabled")
+ADAPTER_ONLY = StateDictOptions(ignore_frozen_params=True)
+FULL = StateDictOptions(ignore_frozen_params=True, full_state_dict=True)
+
+
+def changed(model: nn.Module) -> nn.Module:
+    """The model after something happened to every trained parameter, the same in each process."""
+    with torch.no_grad():
+        for _, parameter in trained(model):
+            parameter.mul_(1.5)
+    return model
+
+
+def blank(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for _, parameter in trained(model):
+            parameter.zero_()
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return whole(
+            model(input_ids=batches()[0].to(device() if torch.distributed.is_initialized() else "cpu")).logits
+        )
+
+
+def is_first() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+# ---- several ranks save --------------------------------------------------------------------------------------------
+def save_fsdp2(folder: str, units: str) -> None:
+    model = changed(sharded(adapted(base_model(device())), units))
+    model.save_pretrained(folder, is_main_process=is_first())
+    torch.distributed.barrier()
+
+
+def save_fsdp1(folder: str, use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullStateDictConfig, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    outer = wrapped(changed(adapted(base_model(str(device())))), use_orig_params, "policy")
+    with FSDP.state_dict_type(outer, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=True)):
+        state = outer.state_dict()
+    outer.module.save_pretrained(folder, state_dict=state, is_main_process=is_first())
+    torch.distributed.barrier()
+
+
+def save_by_accelerate(folder: str) -> None:
+    """As a script does it: `prepare`, and the unwrapped model's save with accelerate's state dict."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device() == "cpu")
+    model = accelerator.prepare(changed(adapted(base_model(device()))))
+    state = accelerator.get_state_dict(model)
+    accelerator.unwrap_model(model).save_pretrained(
+        folder, state_dict=state, is_main_process=accelerator.is_main_process
+    )
+    accelerator.wait_for_everyone()
+
+
+SAVERS = {
+    "fsdp2": (save_fsdp2, "blocks"),
+    "fsdp2_leaves": (save_fsdp2, "leaves"),
+    "fsdp1": (save_fsdp1, True),
+    "fsdp1_flat": (save_fsdp1, False),
+    "accelerate": (save_by_accelerate,),
+}
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+def test_what_four_ranks_save_one_process_loads(four, saver, tmp_path):
+    job, *arguments = SAVERS[saver]
+    four.run(job, str(tmp_path), *arguments)
+    truth = changed(adapted())
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
+    expected = get_peft_model_state_dict(truth)
+    found = get_peft_model_state_dict(loaded)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    torch.testing.assert_close(logits(loaded), logits(truth))
+
+
+# ---- several ranks load --------------------------------------------------------------------------------------------
+def load_fsdp2(folder: str, units: str, when: str) -> torch.Tensor:
+    """The logits of a model that reads a saved adapter before it is sharded, or into its shards."""
+    if when == "before":
+        return logits(sharded(PeftModel.from_pretrained(base_model(device()), folder, is_trainable=True), units))
+    from peft.utils.save_and_load import load_peft_weights
+
+    model = blank(sharded(adapted(base_model(device())), units))
+    result = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+    assert not result.missing_keys and not result.unexpected_keys
+    assert all(hasattr(parameter, "placements") for _, parameter in trained(model))
+    return logits(model)
+
+
+def load_second(folder: str) -> torch.Tensor:
+    """The logits of a second adapter, loaded into a model whose base is in shards."""
+    model = sharded(adapted(base_model(device())), "leaves")
+    model.load_adapter(folder, "second")
+    model.set_adapter("second")
+    return logits(model)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("units", ["blocks", "leaves"])
+def test_what_one_process_saves_four_ranks_load(four, units, when, tmp_path):
+    truth = changed(adapted())
+    truth.save_pretrained(tmp_path)
+    for found in four.run(load_fsdp2, str(tmp_path), units, when):
+        torch.testing.assert_close(found, logits(truth))
+
+
+def test_a_second_adapter_is_loaded_beside_shards(two, tmp_path):
+    truth = changed(adapted())
+    truth.save_pretrained(tmp_path)
+    for found in two.run(load_second, str(tmp_path)):
+        torch.testing.assert_close(found, logits(truth))
+
+
+# ---- torch.distributed.checkpoint ----------------------------------------------------------------------------------
+def checkpoint(folder: str) -> None:
+    model = changed(sharded(adapted(base_model(device())), "blocks"))
+    dcp.save(get_model_state_dict(model, options=ADAPTER_ONLY), checkpoint_id=folder)
+
+
+def resume(folder: str) -> torch.Tensor:
+    model = blank(sharded(adapted(base_model(device())), "blocks"))
+    state = get_model_state_dict(model, options=ADAPTER_ONLY)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state, options=StateDictOptions(strict=False))
+    return logits(model)
+
+
+def alone(folder: str, action: str) -> torch.Tensor:
+    """The same by a process without a group."""
+    model = changed(adapted()) if action == "save" else blank(adapted())
+    state = {name: parameter.data for name, parameter in trained(model)}
+    if action == "save":
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
+    else:
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return logits(model)
+
+
+@pytest.mark.parametrize("writer", ["one", "two", "four"])
+def test_a_distributed_checkpoint_is_read_by_any_number_of_ranks(two, four, writer, tmp_path):
+    folder = str(tmp_path / "step")
+    if writer == "one":
+        alone(folder, "save")
+    else:
+        {"two": two, "four": four}[writer].run(checkpoint, folder)
+    truth = logits(changed(adapted()))
+    for found in (*two.run(resume, folder), *four.run(resume, folder), alone(folder, "load")):
+        torch.testing.assert_close(found, truth)
+
+
+def full_from_shards() -> dict[str, torch.Tensor]:
+    model = changed(sharded(adapted(base_model(device())), "blocks"))
+    return get_peft_model_state_dict(model, state_dict=get_model_state_dict(model, options=FULL))
+
+
+def test_a_gathered_state_dict_is_an_adapters(two):
+    truth = get_peft_model_state_dict(changed(adapted()))
+    first, *others = two.run(full_from_shards)
+    assert first.keys() == truth.keys()
+    for name, value in truth.items():
+        assert torch.equal(first[name].cpu(), value), name
+    assert all(not other or other.keys() == truth.keys() for other in others)
+
+
+@pytest.mark.gpu
+def test_adapters_cross_from_and_to_gpus(gpus, tmp_path):
+    gpus.run(save_fsdp2, str(tmp_path), "blocks")
+    truth = changed(adapted())
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(truth))
+    for found in gpus.run(load_fsdp2, str(tmp_path), "blocks", "after"):
+        torch.testing.assert_close(found, logits(truth), rtol=1e-4, atol=1e-4)
