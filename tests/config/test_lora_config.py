@@ -45,7 +45,6 @@ from peft.tuners.lora.config import (
         ({"target_modules": "x.*", "layers_pattern": "h"}, "layers_pattern='h'"),
         ({"layers_pattern": "h"}, "layers_pattern='h'.*layers_to_transform"),
         ({"use_dora_triton": True}, "use_dora_triton=True needs use_dora=True"),
-        ({"use_dora": True, "megatron_config": {"a": 1}}, "megatron_config"),
         ({"use_dora": True, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq.*use_dora"),
         ({"init_lora_weights": "loftq"}, "needs loftq_config"),
         ({"init_lora_weights": "loftq", "loftq_config": {}}, "needs loftq_config"),

@@ -80,6 +80,8 @@ def joined(results, name, part, dim):
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_are_one_layer(name, ranks):
     values, results = ranks
+    if name not in results[0]:
+        pytest.skip("megatron-core gathers on CUDA alone")
     case = CASES[name]
     kind = case["kind"]
     model = uncut(case["options"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +24,8 @@ from .variant import LoraVariant
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
+
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # for packages that check against it
 
 
 def dispatch_default(

@@ -20,6 +20,7 @@ from .param import Block, ParameterLayer
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
+    from .variant import LoraVariant
 
 
 def _blocks(attention: nn.MultiheadAttention) -> tuple[Block, ...]:
@@ -98,10 +99,26 @@ class MultiheadAttention(ParameterLayer, nn.Module):
         return sum(columns.stop - columns.start for _, _, columns in _blocks(base_layer)), 3 * base_layer.embed_dim
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Create an adapter here and in the out-projection; arguments as of every LoRA layer."""
+        """Create an adapter in the attention and in its out-projection; arguments as in `LoraLayer.update_layer`."""
         super().update_layer(*args, **kwargs)
         if isinstance(self.out_proj, Linear):
             self.out_proj.update_layer(*args, **kwargs)
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        if config.lora_dropout:
+            warnings.warn(
+                f"lora_dropout={config.lora_dropout} has no effect on nn.MultiheadAttention, whose weights are adapted as "
+                "a whole.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        return super().resolve_lora_variant(config=config, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super().state_dict(*args, **kwargs)
 
     def _base_bias(self) -> torch.Tensor | None:
         return self.get_base_layer().in_proj_bias

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn import Module
 
@@ -134,6 +135,10 @@ class Conv1d(_ConvNd):
 
     conv_class = nn.Conv1d
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv_fn = F.conv1d
+
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
         return {(): None, ("use_dora",): DoraConv1dVariant}
@@ -144,6 +149,10 @@ class Conv2d(_ConvNd):
 
     conv_class = nn.Conv2d
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv_fn = F.conv2d
+
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
         return {(): None, ("use_dora",): DoraConv2dVariant}
@@ -153,6 +162,10 @@ class Conv3d(_ConvNd):
     """LoRA on `nn.Conv3d`."""
 
     conv_class = nn.Conv3d
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv_fn = F.conv3d
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
