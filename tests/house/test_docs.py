@@ -2,6 +2,7 @@
 """Pages say what is so: links resolve, contents are whole, code runs, and the table of results is that of the rows."""
 
 import ast
+import doctest
 import importlib
 import re
 import runpy
@@ -86,6 +87,20 @@ def test_the_quicktour_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block, "quicktour.md", "exec"), scope)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     assert "trainable params" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=identify)
+def test_sessions_in_pages_run_as_written(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = "\n".join(blocks(page, "pycon"))
+    test = doctest.DocTestParser().get_doctest(session, {}, page.name, str(page), 0)
+    assert test.examples
+    report = []
+    results = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE).run(
+        test, out=report.append
+    )
+    assert not results.failed, "".join(report)
 
 
 def test_tables_of_results_are_those_of_the_rows():
