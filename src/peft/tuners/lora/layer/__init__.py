@@ -25,8 +25,6 @@ from .variant import LoraVariant
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
-ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # for packages that check against it
-
 
 def dispatch_default(
     target: nn.Module, adapter_name: str, config: LoraConfig, parameter_name: str | None = None, **kwargs: Any
