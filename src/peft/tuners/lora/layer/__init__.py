@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
