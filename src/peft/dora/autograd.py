@@ -75,9 +75,10 @@ def _linear(
     cache: NormCache | None,
     route: Route | None,
 ) -> torch.Tensor:
-    call = find_call(x, weight, A, B, scaling, cache, route)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _composed(call, x, A, B, magnitude, lora_bias)
+        # a call that were kept would be new to the next trace: it would be compiled again
+        return _composed(find_call(x, weight, A, B, scaling, None, route), x, A, B, magnitude, lora_bias)
+    call = find_call(x, weight, A, B, scaling, cache, route)
     bias = weight.bias
     if torch.is_grad_enabled() and (
         x.requires_grad
