@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft import LoraConfig, dora, get_peft_model, inject_adapter_in_model
-from peft.dora import factors
+from peft.dora import factors, passes
 from peft.tuners.lora import LoraLayer
 
 WIDTH = 32
@@ -229,5 +229,23 @@ def test_the_wider_memory_is_let_go(model):
         x = x_of(model).detach().half()
         model(x)
         model(x)
-    for part in factors._passes[net_of(model)].devices:
-        assert part.factors is None
+    for chunk in passes._passes[net_of(model)].chunks:
+        assert chunk.factors is None
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_many_chunks(model, refreshes, monkeypatch, reentrant):
+    """As with large ranks: every layer is a chunk of its own, and few of them are open at a time."""
+    monkeypatch.setattr(passes, "CHUNK_BYTES", 1)
+    check(model)
+    net_of(model).reentrant = reentrant
+    for _ in range(2):
+        check(model)
+        for p in trained(model):
+            p.data.mul_(1.01)
+    known = passes._passes[net_of(model)]
+    kinds = {chunk.kind for chunk in known.chunks}
+    assert len(known.chunks) == 4 and len(known.open) <= passes.MOST_OPEN * len(kinds)
+    refreshes.clear()
+    results(model)
+    assert set(refreshes) == {1}

@@ -7,9 +7,10 @@ from __future__ import annotations
 from torch import nn
 
 from .autograd import linear
-from .factors import NormCache, begin_pass, caches_of, end_pass, unwatch_passes, watch_passes
+from .factors import NormCache
 from .finite import check_finite
 from .norm import row_norm
+from .passes import begin_pass, caches_of, end_pass, unwatch_passes, watch_passes
 from .pieces import branch, compose
 from .reference import dora_linear_reference, gain, weight_norm
 from .route import Route, explain, plan

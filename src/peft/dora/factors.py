@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ from .route import TRITON_DTYPES, Route, kernels
 # |g| below this is lifted to it where g·v is kept in v's place for the magnitude's gradient: v stays readable.
 GAIN_FLOOR = 2.0**-64
 MOST_MOVES = 4  # of a parameter's memory, until its adapter is left out of the passes over a model
-OUTSIDE_BACKWARD = -1  # what torch gives as the number of the backward pass where there is none
 
 
 class Factors(NamedTuple):
@@ -103,7 +101,7 @@ class NormCache:
         self.batch: Any = None
         self.call: Any = None
         self.request: Request | None = None
-        self.shared: tuple[DevicePass, int] | None = None
+        self.shared: tuple[Any, int] | None = None  # the `passes.Chunk` that it is in, and where
         self.moves = 0
 
     def __deepcopy__(self, memo: dict) -> NormCache:
@@ -129,7 +127,7 @@ class NormCache:
         if self.request is not None:
             self.request = self.shared = None
             self.moves = 0
-            _requests.number += 1
+            requests.number += 1
 
     def get(
         self, weight: Any, A: torch.Tensor, B: torch.Tensor, scaling: float, route: Route | None = None
@@ -209,9 +207,9 @@ class NormCache:
             batch = self.batch = kernels().Batch([member], dtype)
         batch.move([member], GAIN_FLOOR if floor else 0.0)
         repeats = stands and asked.repeats(weight, A, B, scaling, dtype, magnitude, floor, norm)
-        if not repeats or _addresses([asked.member]) != _addresses([member]):
+        if not repeats or addresses_of([asked.member]) != addresses_of([member]):
             self._ask(Request(weight, A, B, scaling, dtype, magnitude, floor, norm, key, packed, member), repeats)
-        return _factors_of(batch.refresh(), 0, member, packed)
+        return factors_of(batch.refresh(), 0, member, packed)
 
     def _ask(self, request: Request, moved: bool) -> None:
         """Note what is asked for, so that the next pass over the model has it ready.
@@ -220,8 +218,8 @@ class NormCache:
         """
         self.request, self.shared = request, None
         self.moves += moved
-        if self.moves <= MOST_MOVES and _is_steady(request):
-            _requests.number += 1
+        if self.moves <= MOST_MOVES and is_steady(request):
+            requests.number += 1
 
     def _refresh_torch(
         self, weight: Any, A: Any, B: Any, scaling: float, dtype: Any, magnitude: Any, floor: bool, norm: bool
@@ -241,16 +239,16 @@ class NormCache:
         return Factors(state.a, state.b, _stats(state.norm, magnitude, floor), private=True)
 
 
-class _Requests:
+class Requests:
     """How many new requests there have been: while the number stands, every model's batches are as they were."""
 
     number = 0
 
 
-_requests = _Requests()
+requests = Requests()
 
 
-def _factors_of(done: Any, i: int, member: Any, packed: Any) -> Factors:
+def factors_of(done: Any, i: int, member: Any, packed: Any) -> Factors:
     """The factors of member `i` of a batch that was brought up to date."""
     copies, stats = done.copies, None if done.stats is None else done.stats[i]
     if copies is None:
@@ -300,136 +298,7 @@ def plain_factors(A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> Facto
     return Factors(a, b, None, private=a is not A and b is not B)
 
 
-class DevicePass:
-    """The adapters of one model on one device, whose factors are brought up to date together.
-
-    That is done where a pass over the model begins, and where a backward pass (checkpointing) calls a layer for the first
-    time; it holds for that pass alone. Nothing can change the parameters of a layer in between but code that the model
-    itself runs.
-
-    Args:
-        caches: The adapters' caches, each with its request.
-    """
-
-    def __init__(self, caches: list[NormCache]) -> None:
-        self.members = [(cache, cache.request) for cache in caches]
-        kinds: dict[tuple, list[int]] = {}
-        for i, (_, request) in enumerate(self.members):
-            kinds.setdefault((kernels().kind_of(request.member, request.dtype), request.floor), []).append(i)
-        self.batches = [
-            (kernels().Batch([self.members[i][1].member for i in order], self.members[order[0]][1].dtype), order)
-            for order in kinds.values()
-        ]
-        for batch, order in self.batches:
-            batch.move(batch.members, GAIN_FLOOR if self.members[order[0]][1].floor else 0.0)
-        for i, (cache, _) in enumerate(self.members):
-            cache.shared = self, i
-        self.watched = [p for _, request in self.members for p in (request.A, request.B, request.magnitude)]
-        self.addresses = _addresses([request.member for _, request in self.members])
-        self.device = self.members[0][1].A.device
-        self.is_open = False  # between the beginning and the end of a pass over the model
-        self.release()
-
-    def release(self) -> None:
-        """Let go of the tensors: who still needs them holds them."""
-        self.factors: list[Factors] | None = None
-
-    def take(self, i: int) -> Factors | None:
-        """The factors of member `i`; None where no pass is known to be running, or another graph or stream is."""
-        task = torch._C._current_graph_task_id()
-        place = _place(self.device)
-        if self.factors is None or task != self.task or place != self.place:
-            if task == OUTSIDE_BACKWARD and not self.is_open:
-                return None
-            self.refresh(task, place)
-            if self.factors is None:
-                return None
-        found = self.factors[i]
-        if task == OUTSIDE_BACKWARD:
-            self.left -= 1
-            if (
-                not self.left
-            ):  # every layer has had its own: with checkpointing nobody needs them until the backward pass
-                self.release()
-        return found
-
-    def refresh(self, task: int, place: tuple) -> None:
-        """Bring all factors up to date for the pass that is running, in two launches a batch."""
-        self.release()
-        if [0 if p is None else p.data_ptr() for p in self.watched] != self.addresses:
-            return
-        for _, request in self.members:
-            if not request.weight.has_key(request.key):
-                return
-        factors: list[Any] = [None] * len(self.members)
-        with torch.no_grad():
-            for batch, order in self.batches:
-                done = batch.refresh()
-                for place_in_batch, i in enumerate(order):
-                    request = self.members[i][1]
-                    factors[i] = _factors_of(done, place_in_batch, request.member, request.packed)
-        self.factors, self.task, self.place, self.left = factors, task, place, len(factors)
-        if task != OUTSIDE_BACKWARD:
-            torch.autograd.Variable._execution_engine.queue_callback(self.release)
-
-
-def _place(device: torch.device) -> tuple:
-    """The stream that work goes to, and whether it is being captured into a graph."""
-    if device.type != "cuda":
-        return ()
-    return torch._C._cuda_getCurrentRawStream(device.index), torch._C._cuda_isCurrentStreamCapturing()
-
-
-class ModelPass:
-    """Passes over one model: `begin` and `end` enclose each.
-
-    Args:
-        model: Any module; the caches are found by its layers' method `dora_caches`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = ref(model)
-        self.depth = 0
-        self.number: int | None = None
-        self.devices: list[DevicePass] = []
-
-    def begin(self) -> None:
-        self.depth += 1
-        if self.depth > 1:
-            return
-        if self.number != _requests.number:
-            self._gather()
-        for part in self.devices:
-            part.is_open = True
-            part.refresh(torch._C._current_graph_task_id(), _place(part.device))
-
-    def end(self) -> None:
-        self.depth -= 1
-        if not self.depth:
-            for part in self.devices:
-                part.is_open = False
-                part.release()
-
-    def _gather(self) -> None:
-        """Sort the caches that have a request by device, unless they stand as they were."""
-        caches = [cache for cache in caches_of(self.model()) if cache.request is not None]
-        by_device: dict[torch.device, list[NormCache]] = {}
-        for cache in caches:
-            if cache.moves <= MOST_MOVES and _is_steady(cache.request):
-                by_device.setdefault(cache.request.A.device, []).append(cache)
-        known = {part.device: part for part in self.devices}
-        self.devices = []
-        for device, found in by_device.items():
-            part = known.get(device)
-            members = [(cache, cache.request) for cache in found]
-            same = part is not None and len(part.members) == len(members) and all(
-                old is new and was is now for (old, was), (new, now) in zip(part.members, members, strict=True)
-            )  # fmt: skip
-            self.devices.append(part if same else DevicePass(found))
-        self.number = _requests.number
-
-
-def _is_steady(request: Request) -> bool:
+def is_steady(request: Request) -> bool:
     """Whether the kernels read the very parameters and the very weight, not copies that are made for each pass."""
     member = request.member
     pairs = [(member.a, request.A), (member.b, request.B)]
@@ -442,57 +311,10 @@ def _is_steady(request: Request) -> bool:
     return not read or member.source.pointers[0].data_ptr() == request.weight.dense().data_ptr()
 
 
-def _addresses(members: list[Any]) -> list[int]:
+def addresses_of(members: list[Any]) -> list[int]:
     """Where the parameters of the members are."""
     return [
         0 if tensor is None else tensor.data_ptr()
         for member in members
         for tensor in (member.a, member.b, member.magnitude)
     ]
-
-
-def caches_of(model: nn.Module) -> list[NormCache]:
-    """The caches of all layers of a model that have some."""
-    found = []
-    for module in model.modules():
-        if callable(getattr(module, "dora_caches", None)):
-            found += module.dora_caches()
-    return found
-
-
-_passes: WeakKeyDictionary[nn.Module, ModelPass] = WeakKeyDictionary()
-
-
-def begin_pass(model: nn.Module, *args: Any) -> None:
-    """A pass over `model` begins: the factors of all its adapters are brought up to date at once."""
-    if torch.compiler.is_compiling():
-        return
-    found = _passes.get(model)
-    if found is None:
-        found = _passes[model] = ModelPass(model)
-    found.begin()
-
-
-def end_pass(model: nn.Module, *args: Any) -> None:
-    """The pass that `begin_pass` began is over."""
-    if torch.compiler.is_compiling():
-        return
-    found = _passes.get(model)
-    if found is not None and found.depth:
-        found.end()
-
-
-def watch_passes(model: nn.Module) -> None:
-    """Let every call of `model` begin and end a pass over it."""
-    if begin_pass not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(begin_pass)
-        model.register_forward_hook(end_pass, always_call=True)
-
-
-def unwatch_passes(model: nn.Module) -> None:
-    """Undo `watch_passes`."""
-    for hooks, function in ((model._forward_pre_hooks, begin_pass), (model._forward_hooks, end_pass)):
-        for key in [key for key, hook in hooks.items() if hook is function]:
-            del hooks[key]
-            model._forward_hooks_always_called.pop(key, None)
-    _passes.pop(model, None)
