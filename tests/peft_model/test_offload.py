@@ -164,6 +164,21 @@ def test_offloading_to_the_cpu(bias):
     torch.testing.assert_close(models[0].eval()(x), models[1].eval()(x))
 
 
+@pytest.mark.works_with("accelerate", "offloading a model with its adapters")
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_adapters_that_are_offloaded_with_their_base(use_dora):
+    base = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Conv1d(4, 4, 3), torch.nn.Linear(4, 5))
+    config = LoraConfig(r=2, target_modules=["0", "1", "2"], use_dora=use_dora, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        expected = model(ids)
+        away = accelerate.cpu_offload(model, execution_device="cpu")
+        assert all(parameter.is_meta for parameter in away.parameters())
+        for _ in range(2):
+            torch.testing.assert_close(away(ids), expected)
+
+
 def dora_key(model):
     return model.base_model.model[0].norm_weight().key()
 

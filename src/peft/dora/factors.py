@@ -300,6 +300,8 @@ def plain_factors(A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> Facto
 
 def is_steady(request: Request) -> bool:
     """Whether the kernels read the very parameters and the very weight, not copies that are made for each pass."""
+    if getattr(request.weight, "comes_and_goes", False):
+        return False
     member = request.member
     pairs = [(member.a, request.A), (member.b, request.B)]
     if request.magnitude is not None:

@@ -4,6 +4,7 @@ that reads, writes and keeps the layer's weight as a logical matrix [out, in], h
 
 from .base import BaseWeight, Packed, is_hooked
 from .find import find_weight, is_a
+from .offloaded import present
 from .sharded import gathered, innermost, is_partitioned, remembering, shards_of, whole
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "is_a",
     "is_hooked",
     "is_partitioned",
+    "present",
     "remembering",
     "shards_of",
     "whole",

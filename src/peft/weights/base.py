@@ -235,6 +235,11 @@ class BaseWeight(ABC):
         `peft.dora.invalidate`.
         """
 
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether the weight and what is sharded with it is gathered anew for each pass, and gone in between."""
+        return comes_and_goes(self.layer)
+
     def has_key(self, key: tuple) -> bool:
         """`key() == key`; formats that can tell more cheaply do."""
         return self.key() == key

@@ -27,6 +27,18 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     return next((each for each in hooks if isinstance(each, AlignDevicesHook) and each.offload), None)
 
 
+def present(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter of a module, on the device that it runs on, without gradient where it is offloaded; None if it has none."""
+    parameter = getattr(module, name, None)
+    hook = offload_hook(module) if parameter is not None and parameter.is_meta else None
+    return parameter if hook is None else hook.weights_map[name].to(device_of(hook))
+
+
+def device_of(hook: AlignDevicesHook) -> torch.device:
+    """Where accelerate runs the module of an `offload_hook`."""
+    return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+
+
 def put(hook: AlignDevicesHook, tensors: dict[str, torch.Tensor]) -> None:
     """Overwrite tensors of one module in accelerate's store.
 
@@ -81,13 +93,11 @@ class OffloadedWeight(BaseWeight):
 
     @property
     def device(self) -> torch.device:
-        device = self.hook.execution_device
-        return torch.device("cpu" if device is None else device)
+        return device_of(self.hook)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        bias = super().bias
-        return self.hook.weights_map["bias"].to(self.device) if bias is not None and bias.is_meta else bias
+        return present(self.layer, "bias")
 
     @property
     def lossy(self) -> bool:

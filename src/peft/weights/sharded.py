@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .base import BaseWeight, is_hooked, writing
+from .offloaded import present
 
 
 class Piece:
@@ -195,7 +196,7 @@ def remembering(*modules: nn.Module) -> Iterator[None]:
     seen: dict[nn.Module, torch.Tensor] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if shards_of(module) is None:
+        if shards_of(module) is None and not module.weight.is_meta:
             seen[module] = module.weight.detach().clone()
 
     # Before whoever lets the weight go again.
@@ -210,7 +211,8 @@ def remembering(*modules: nn.Module) -> Iterator[None]:
 
 
 def whole(module: nn.Module, name: str = "weight") -> torch.Tensor | None:
-    """A parameter of a module, gathered without gradient where it is sharded; for small ones.
+    """A parameter of a module, gathered without gradient where it is sharded, read from accelerate's store where it is
+    offloaded; for small ones.
 
     Args:
         module: A layer, or FSDP's wrapper around it.
@@ -221,7 +223,7 @@ def whole(module: nn.Module, name: str = "weight") -> torch.Tensor | None:
         return seen[inner]
     shards = shards_of(module, name)
     if shards is None:
-        return getattr(inner, name, None)
+        return present(inner, name)
     flat = shards.local.new_zeros(shards.shape)
     for piece in shards.pieces():
         piece(flat).copy_(piece.matrix)

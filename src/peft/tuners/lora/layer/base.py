@@ -15,7 +15,7 @@ from peft import dora
 from peft.engine.machine import AdapterLayer
 from peft.engine.method import Method
 from peft.utils.warning import PeftWarning
-from peft.weights import find_weight, shards_of, whole
+from peft.weights import find_weight, present, shards_of, whole
 
 from .. import inits
 from ..method import LORA
@@ -133,7 +133,7 @@ class LoraLayer(AdapterLayer):
         bias = self._base_bias()
         shards = None if bias is None else shards_of(base, "bias")
         if shards is None:
-            return bias if bias is None or not bias.is_meta else find_weight(base).bias  # offloaded
+            return bias if bias is None or not bias.is_meta else present(base, "bias")  # offloaded
         if shards.local.numel() == y.shape[self.channel_dim]:
             return bias.to_local()  # split as the output is
         if bias.requires_grad:

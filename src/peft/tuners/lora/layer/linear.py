@@ -189,7 +189,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
         if not plain_factors or type(variant) not in (type(None), DoraLinearVariant, MiCALinearVariant):
             return None
         weight = _readable(self.base_layer, self.fan_in_fan_out)
-        if weight is None or not weight.direct() or weight.trainable:
+        if weight is None or not weight.direct() or weight.layer is not self.base_layer or weight.trainable:
             return None
         route = self.dora_route(name)
         # Plain LoRA has no norm to keep; the kernels cast its factors where those of the whole model are.
