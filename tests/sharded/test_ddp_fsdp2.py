@@ -164,6 +164,7 @@ def refusal() -> str:
     return str(caught.value)
 
 
+@pytest.mark.works_with("torch", "DDP")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:use_dora_triton")
 def test_ddp_trains_what_one_process_trains(two, kind):
@@ -172,6 +173,7 @@ def test_ddp_trains_what_one_process_trains(two, kind):
         compare(run, truth)
 
 
+@pytest.mark.works_with("torch", "FSDP2")
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
 @pytest.mark.parametrize("kind", ["triton", "lora"])
 @pytest.mark.filterwarnings("ignore:use_dora_triton")
@@ -204,6 +206,7 @@ def test_accumulated_gradients_are_the_same(two, job):
         compare(run, truth)
 
 
+@pytest.mark.works_with("torch", "FSDP2 with checkpointing")
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
 def test_checkpointing_under_fsdp2(two, units):
     truth = alone({})
@@ -211,11 +214,13 @@ def test_checkpointing_under_fsdp2(two, units):
         compare(run, truth)
 
 
+@pytest.mark.works_with("torch", "FSDP2 with CPU offload")
 def test_fsdp2_with_its_parameters_on_the_cpu(two):
     for run in two.run(offloaded, {}):
         compare(run, alone({}))
 
 
+@pytest.mark.works_with("torch", "FSDP2 in mixed precision")
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
 def test_fsdp2_in_mixed_precision(two, units):
     """DoRA loses no more by bfloat16 than twice what LoRA loses."""
@@ -254,6 +259,7 @@ def test_an_adapter_added_to_shards_starts_at_their_norm(two):
             torch.testing.assert_close(value, expected[name].detach(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.works_with("torch", "DDP and FSDP2 through NCCL")
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_ddp_and_fsdp2_through_nccl(gpus, kind):

@@ -96,6 +96,7 @@ def norms_of_an_engine() -> tuple[dict[str, torch.Tensor], list[int]]:
     return found, seen.sizes
 
 
+@pytest.mark.works_with("DeepSpeed", "ZeRO-2 and ZeRO-3, where deepspeed is installed")
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -211,6 +212,7 @@ def test_the_protocol_of_zero3_partitions_without_deepspeed(two):
             assert error < 1e-6, shape
 
 
+@pytest.mark.works_with("DeepSpeed", "the same through NCCL")
 @pytest.mark.gpu
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])

@@ -150,6 +150,7 @@ def alone(options: dict[str, Any], quantised: dict | None = None) -> Run:
     return train(adapted(base(quantised, torch.device("cpu")), **options))
 
 
+@pytest.mark.works_with("torch", "FSDP1, its auto-wrap policy included")
 @pytest.mark.parametrize("units", ["policy", "leaves"])
 @pytest.mark.parametrize("use_orig_params", [True, False])
 @pytest.mark.parametrize("options", [{}, {"use_dora": False}], ids=["dora", "lora"])
@@ -179,6 +180,7 @@ def test_parameters_that_stay_whole_until_the_backward_pass(two, units):
         compare(run, truth)
 
 
+@pytest.mark.works_with("bitsandbytes", "QDoRA under FSDP1 with `bnb_4bit_quant_storage`")
 @pytest.mark.parametrize("units", ["policy", "leaves"])
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_qdora_with_packed_weights_in_flat_parameters(two, use_orig_params, units):
@@ -202,6 +204,7 @@ def test_packed_bytes_are_stored_as_bfloat16(two, units):
         compare(run, truth, rtol=2e-3)
 
 
+@pytest.mark.works_with("bitsandbytes", "QDoRA under FSDP2")
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
 def test_qdora_under_fsdp2(two, units):
     truth = alone({}, PACKED["nf4"])
@@ -221,6 +224,7 @@ def test_a_packed_weight_in_shards_is_not_written(two):
         assert "summon_full_params" in message
 
 
+@pytest.mark.works_with("torch", "FSDP1 and QDoRA through NCCL")
 @pytest.mark.gpu
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_fsdp1_and_qdora_through_nccl(gpus, use_orig_params):

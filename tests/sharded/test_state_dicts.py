@@ -85,6 +85,7 @@ SAVERS = {
 }
 
 
+@pytest.mark.works_with("torch", "adapters saved by four ranks, loaded by one")
 @pytest.mark.parametrize("saver", SAVERS)
 def test_what_four_ranks_save_one_process_loads(four, saver, tmp_path):
     job, *arguments = SAVERS[saver]
@@ -121,6 +122,7 @@ def load_second(folder: str) -> torch.Tensor:
     return logits(model)
 
 
+@pytest.mark.works_with("torch", "adapters saved by one, loaded by four ranks")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
 def test_what_one_process_saves_four_ranks_load(four, units, when, tmp_path):
@@ -162,6 +164,7 @@ def alone(folder: str, action: str) -> torch.Tensor:
     return logits(model)
 
 
+@pytest.mark.works_with("torch", "distributed checkpoints")
 @pytest.mark.parametrize("writer", ["one", "two", "four"])
 def test_a_distributed_checkpoint_is_read_by_any_number_of_ranks(two, four, writer, tmp_path):
     folder = str(tmp_path / "step")

@@ -68,6 +68,7 @@ def by_plan(folder: str) -> tuple[Run, dict[str, torch.Tensor]]:
     return train(model), get_peft_model_state_dict(model)
 
 
+@pytest.mark.works_with("torch", "tensor parallel by columns and by rows")
 @pytest.mark.parametrize("first", ["split", "adapter"])
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_columns_and_rows_train_what_one_process_trains(two, kind, first):
@@ -90,6 +91,7 @@ def test_norms_are_those_of_the_whole_rows(two):
             torch.testing.assert_close(norm, truth[name], rtol=1e-6, atol=0)
 
 
+@pytest.mark.works_with("transformers", "its plan of tensor parallelism")
 def test_the_plan_of_transformers(two, tmp_path):
     model_of("dora").save_pretrained(tmp_path)
     model = adapted(model_of("dora"))
@@ -106,6 +108,7 @@ def test_a_split_that_is_not_known_is_refused():
         layer.split(torch.zeros(1, 16), torch.zeros(1, 32))
 
 
+@pytest.mark.works_with("torch", "tensor parallel through NCCL")
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_tensor_parallel_through_nccl(gpus, kind):
