@@ -230,3 +230,31 @@ def test_case_maker_sets_the_magnitude_near_the_norm():
     case = make_case()
     gain = dora.gain(case.tensors["magnitude"], dora.weight_norm(case.W, case.tensors["A"], case.tensors["B"], 0.75))
     assert 0.5 < gain.min() and gain.max() < 1.5
+
+
+def test_a_large_packed_weight_is_dequantised_in_parts(body, monkeypatch):
+    """Output and gradients are those of the whole matrix, and no larger part than allowed is ever dense."""
+    if body.route.path != "triton":
+        pytest.skip("for kernels")
+    from peft.dora import kernels
+
+    weight = quantised("nf4", 300, 64, body.device)
+    _, A, B = factors(300, 64, 5, torch.float32, body.device)
+    leaves = [torch.randn(7, 64, device=body.device), A, B, torch.rand(300, device=body.device) + 0.5]
+    made, original = [], kernels.dequantise
+
+    def step():
+        x, a, b, m = [leaf.detach().requires_grad_() for leaf in leaves]
+        y = dora.linear(x, weight, a, b, scaling=0.5, magnitude=m, cache=dora.NormCache(), route=body.route)
+        return [y.detach(), *torch.autograd.grad(y, [x, a, b, m], torch.ones_like(y))]
+
+    def dequantise(*args):
+        made.append(original(*args))
+        return made[-1]
+
+    whole = step()
+    monkeypatch.setattr(kernels, "dequantise", dequantise)
+    monkeypatch.setattr(kernels, "PART_BYTES", 70_000)
+    for found, expected in zip(step(), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [len(part) for part in made] == [256, 44] * 2

@@ -93,6 +93,7 @@ def _linear(
 
 
 CHECKPOINT = "torch.utils.checkpoint"
+UNKNOWN = object()
 
 
 def find_call(
@@ -130,8 +131,8 @@ class Call:
     """
 
     __slots__ = (
-        "autocast", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed", "route",
-        "scaling", "triton", "weight",
+        "autocast", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed", "ranges",
+        "route", "scaling", "triton", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -155,6 +156,7 @@ class Call:
         self.packed = None
         self.triton = runs_triton(route, x, self.branch_dtype)
         self.launches: dict = {}
+        self.ranges: Any = UNKNOWN
 
     def factors(self, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, floor: bool) -> Factors:
         cache = self.cache
@@ -181,6 +183,37 @@ class Call:
             return kernels().dequantise(self.packed, self.dtype, self.launches)
         return self.weight.dense() if self.is_plain and not self.autocast else self.weight.dense(self.dtype)
 
+    def parts(self) -> list[tuple[int, int]] | None:
+        """Ranges of rows in which a large packed W is dequantised, None for one range."""
+        if self.packed is None or not self.triton:
+            return None
+        if self.ranges is UNKNOWN:
+            self.ranges = kernels().row_parts(self.packed, self.dtype)
+        return self.ranges
+
+    def base_product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ + bias `[..., out]`."""
+        parts = self.parts()
+        if parts is None:
+            return F.linear(x, self.dense(), bias)
+        u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
+        rows, columns = x.view(-1, x.shape[-1]), u.view(-1, u.shape[-1])
+        for part in parts:
+            W = kernels().dequantise(self.packed, self.dtype, self.launches, part)
+            torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
+            del W
+        return u if bias is None else u.add_(bias)
+
+    def base_gradient(self, t: torch.Tensor) -> torch.Tensor:
+        """t W `[tokens, in]`."""
+        parts = self.parts()
+        if parts is None:
+            return torch.mm(t, self.dense())
+        dx = t.new_zeros((t.shape[0], self.in_features))
+        for part in parts:
+            dx.addmm_(t[:, part[0] : part[1]], kernels().dequantise(self.packed, self.dtype, self.launches, part))
+        return dx
+
     @property
     def body(self) -> Any:
         """The module whose passes over the output run."""
@@ -206,7 +239,7 @@ class Call:
             x = x.contiguous()
         stats = factors.stats
         with_bias = bias is not None and stats is None
-        u = F.linear(x, self.dense(), as_dtype(bias.detach(), x.dtype) if with_bias else None)
+        u = self.base_product(x, as_dtype(bias.detach(), x.dtype) if with_bias else None)
         h = F.linear(x if x.dtype == self.branch_dtype else x.to(self.branch_dtype), factors.a)
         y, v = self.body.compose(
             u,
@@ -326,19 +359,23 @@ def _gradients(
         kept, kept_is_v = _recompute(call, x, h, factors, lora_bias), True
     call.packed = factors.packed
     need_t = need_x or need_a or need_b
+    db = None
     if factors.stats is None:
         t, dm = as_dtype(dy.reshape(-1, dy.shape[-1]), call.branch_dtype), None
     else:
-        t, dm = call.body.scale_gradient(
+        t, dm, db = call.body.scale_gradient(
             dy if dy.is_contiguous() else dy.contiguous(),
             stats=factors.stats,
             kept=kept if need_m else None,
             kept_is_v=kept_is_v,
             dtype=call.branch_dtype if need_t else None,
+            h=h if need_b else None,
+            scaling=call.scaling,
+            b_dtype=b_dtype,
             launches=call.launches,
         )
-    da = db = dx = dc = None
-    if need_b:
+    da = dx = dc = None
+    if need_b and db is None:
         db = product_in(t.t(), h.view(-1, h.shape[-1]), b_dtype, call.scaling)
     if need_a or need_x:
         dh = scaled_product(t, factors.b, call.scaling)
@@ -358,7 +395,7 @@ def _gradients(
 
 def input_gradient(call: Call, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """dx = t W + dh A `[tokens, in]`."""
-    dx = torch.mm(as_dtype(t, call.dtype), call.dense())
+    dx = call.base_gradient(as_dtype(t, call.dtype))
     if dh.dtype == dx.dtype:
         return dx.addmm_(dh, a)
     return torch.addmm(dx.to(dh.dtype), dh, a)
@@ -368,7 +405,7 @@ def _recompute(
     call: Call, x: torch.Tensor, h: torch.Tensor, factors: Factors, lora_bias: torch.Tensor | None
 ) -> torch.Tensor:
     """v once more, because the layer's output, from which it would have been read, was changed in place."""
-    u = F.linear(x, call.dense())
+    u = call.base_product(x)
     return eager.compose(u, h, factors.b, stats=None, bias=None, lora_bias=lora_bias, scaling=call.scaling)[0]
 
 

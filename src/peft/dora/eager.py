@@ -63,9 +63,12 @@ def scale_gradient(
     kept: torch.Tensor | None,
     kept_is_v: bool,
     dtype: torch.dtype | None,
+    h: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    b_dtype: torch.dtype | None = None,
     launches: dict | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """t = g∘dy and the magnitude's gradient dm = Σ_tokens dy∘v / norm.
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """t = g∘dy, the magnitude's gradient dm = Σ_tokens dy∘v / norm, and dB = s·tᵀh where it costs little more.
 
     Args:
         dy: `[..., out]`, contiguous.
@@ -73,10 +76,14 @@ def scale_gradient(
         kept: v, or y = g∘v from which v is read back; None where dm is not wanted.
         kept_is_v: Which of the two.
         dtype: That of t; None where t is not wanted.
+        h: x Aᵀ `[..., r]`; None where dB is not wanted.
+        scaling: s.
+        b_dtype: That of dB.
         launches: As in `compose`.
 
     Returns:
-        t `[tokens, out]` and dm `[out]` in the dtype of stats; None for what is not wanted.
+        t `[tokens, out]`, dm `[out]` in the dtype of stats and dB `[out, r]`; None for what is not wanted, and for a dB
+        that is better made by a product of its own, which here is any.
     """
     norm, gain = stats
     dy = dy.view(-1, dy.shape[-1])
@@ -85,7 +92,7 @@ def scale_gradient(
     if dtype is not None:
         t = torch.mul(dy, gain, out=torch.empty_like(dy, dtype=dtype))
     if kept is None:
-        return t, None
+        return t, None, None
     total = torch.zeros_like(norm)
     rows = max(1, CHUNK_BYTES // (3 * norm.itemsize * max(len(norm), 1)))
     for start in range(0, len(dy), rows):
@@ -93,7 +100,7 @@ def scale_gradient(
         total += block.sum(0)
     divisor = norm if kept_is_v else norm * gain
     zero = norm == 0
-    return t, torch.where(zero, 0.0, total / torch.where(zero, 1.0, divisor))
+    return t, torch.where(zero, 0.0, total / torch.where(zero, 1.0, divisor)), None
 
 
 def row_norm_of(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:

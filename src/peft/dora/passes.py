@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from .factors import GAIN_FLOOR, MOST_MOVES, Factors, NormCache, addresses_of, factors_of, is_steady, requests
+from .factors import GAIN_FLOOR, MOST_MOVES, Factors, NormCache, Request, addresses_of, factors_of, is_steady, requests
 from .route import kernels
 
 OUTSIDE_BACKWARD = -1  # what torch gives as the number of the backward pass where there is none

@@ -9,17 +9,47 @@ from .packed_groups import dequantise_groups
 from .refresh import Batch, Member, kind_of, row_norm
 from .row_norm import GROUPED, source_of
 
-__all__ = ["Batch", "Member", "compose", "dequantise", "kind_of", "row_norm", "scale_gradient", "source_of"]
+__all__ = [
+    "Batch",
+    "Member",
+    "compose",
+    "dequantise",
+    "kind_of",
+    "row_norm",
+    "row_parts",
+    "scale_gradient",
+    "source_of",
+]
+
+PART_BYTES = 256 * 2**20  # larger products take no longer in parts of this size
 
 
-def dequantise(packed, dtype, launches=None):
+def dequantise(packed, dtype, launches=None, rows=None):
     """The matrix `[out, in]` of packed bytes in `dtype`, in one launch.
 
     Args:
         packed: A `peft.weights.Packed`.
         dtype: float32, float16 or bfloat16.
         launches: Where what was worked out for one weight and dtype is kept.
+        rows: The first row and the one after the last, where `row_parts` gave them; None for all.
     """
     if packed.kind in GROUPED:
         return dequantise_groups(packed, dtype)
-    return (dequantise_packed8 if packed.kind == "int8" else dequantise_packed4)(packed, dtype, launches)
+    if packed.kind == "int8":
+        return dequantise_packed8(packed, dtype, launches)
+    return dequantise_packed4(packed, dtype, launches, rows)
+
+
+def row_parts(packed, dtype):
+    """Ranges of rows to dequantise one after the other, so that none takes more than `PART_BYTES`; None for one range.
+
+    Args:
+        packed: A `peft.weights.Packed`.
+        dtype: That of the dense matrix.
+    """
+    out_features, in_features = packed.shape
+    parts = -(-out_features * in_features * dtype.itemsize // PART_BYTES)
+    if parts < 2 or packed.kind not in ("nf4", "fp4"):
+        return None
+    step = -(-out_features // parts // 128) * 128
+    return [(first, min(first + step, out_features)) for first in range(0, out_features, step)]

@@ -92,6 +92,7 @@ def dequantise4_kernel(
     outer_code_ptr,
     offset_ptr,
     w_ptr,
+    first,
     elements,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
@@ -99,8 +100,8 @@ def dequantise4_kernel(
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
-    o_byte = i * BLOCK + tl.arange(0, BLOCK)
-    m_byte = o_byte * 2 < elements
+    o_byte = first // 2 + i * BLOCK + tl.arange(0, BLOCK)
+    m_byte = o_byte * 2 < first + elements
     b_byte = tl.load(data_ptr + o_byte, mask=m_byte, other=0).to(tl.int32)  # [BLOCK]
     b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_byte, NESTED)
     b_high = round_to(tl.load(code_ptr + (b_byte >> 4)) * b_scale, ROUND)
@@ -121,21 +122,31 @@ def packed4_args(packed: Any) -> tuple[tuple, tuple[int, int]]:
     return (packed.absmax, packed.code, outer, outer_code, offset), (packed.blocksize, nested)
 
 
-def dequantise_packed4(packed: Any, dtype: torch.dtype, launches: dict | None = None) -> torch.Tensor:
-    """The matrix `[out, in]` of NF4 or FP4 bytes: code times scale, rounded to the dtype that was quantised, in `dtype`."""
-    w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
-    launch = None if launches is None else launches.get("dequantise")
+def dequantise_packed4(
+    packed: Any, dtype: torch.dtype, launches: dict | None = None, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """The matrix `[out, in]` of NF4 or FP4 bytes: code times scale, rounded to the dtype that was quantised, in `dtype`.
+
+    Args:
+        packed: The bytes.
+        dtype: That of the matrix.
+        launches: Where the launches are kept.
+        rows: The first row and the one after the last, of an even number of elements each; None for all.
+    """
+    first, last = (0, packed.shape[0]) if rows is None else rows
+    w = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.data.device)
     pointers, constants = packed4_args(packed)
+    key = "dequantise", rows
+    launch = None if launches is None else launches.get(key)
     if launch is None:
         block = 16 if INTERPRETED else 1024
-        elements = packed.shape[0] * packed.shape[1]
         launch = _dequantise4.prepare(
-            (ceil_div(elements, 2 * block), 1, 1),
-            (elements,),
+            (ceil_div(w.numel(), 2 * block), 1, 1),
+            (first * packed.shape[1], w.numel()),
             (*constants, 0 if packed.dtype == dtype else ROUNDINGS.get(packed.dtype, 0), block),
             # The nested scale is a product and a sum, each rounded, in bitsandbytes: fused it would round once.
             fusion=False,
-            keep=(launches, "dequantise"),
+            keep=(launches, key),
         )
     launch(packed.data, *pointers, w)
     return w
