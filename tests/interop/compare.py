@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 ULPS = 16  # both sides round: what they may differ by on one layer, in units in the last place of the largest entry
-DEEP = 64  # the same after the layers of a whole model
+DEEP = 128  # the same after the layers of a whole model; T5, whose attention is not scaled, needs most of it
 
 
 def assert_equal(

@@ -226,24 +226,24 @@ def scale_gradient(
     db = torch.empty((out_features, rank), dtype=b_dtype, device=dy.device) if rank else None
     partial = ready = None
     if parts > 1:
-        partial, ready = _scratch(dy.device, parts * out_features * (1 + rank), columns)
+        partial = torch.empty(parts * out_features * (1 + rank), dtype=torch.float32, device=dy.device)
+        ready = _counters(dy.device, columns)
     launch(dy, kept, stats, h if rank else None, t, dm, db, partial, ready)
     return t, dm, db
 
 
-def _scratch(device: torch.device, sums: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for partial sums, and zeros that every launch leaves as zeros; kept for each stream, whose launches come one
-    after the other, and new for a graph that is captured, which may run beside others."""
+def _counters(device: torch.device, columns: int) -> torch.Tensor:
+    """Zeros that every launch leaves as zeros; kept for each stream, whose launches come one after the other, and new for
+    a graph that is captured, which may run beside others."""
     place = None
     if device.type == "cuda" and not torch._C._cuda_isCurrentStreamCapturing():
         place = device.index, torch._C._cuda_getCurrentRawStream(device.index)
-    found = None if place is None else _scratches.get(place)
-    if found is None or len(found[0]) < sums or len(found[1]) < columns:
-        partial = torch.empty(sums, dtype=torch.float32, device=device)
-        found = partial, torch.zeros(columns, dtype=torch.int32, device=device)
+    found = None if place is None else _kept_counters.get(place)
+    if found is None or len(found) < columns:
+        found = torch.zeros(columns, dtype=torch.int32, device=device)
         if place is not None:
-            _scratches[place] = found
+            _kept_counters[place] = found
     return found
 
 
-_scratches: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+_kept_counters: dict[tuple, torch.Tensor] = {}

@@ -53,12 +53,9 @@ def load_weight_groups(
 ):
     """The tile W[o_m, k : k + BLOCK_K] as it is dequantised, in float32.
 
-    Args:
-        zero_ptr: z: numbers, one a scale, for HQQ; else integers in streams along the outputs.
-        group_ptr: The group of each input; None where GROUP neighbours make one.
-        plane_rows, cycle_rows: For HQQ: rows in a plane, and rows after which HQQ_ACROSS starts with the first group.
-        COUNT: For HQQ: planes.
-        ROUND: The scales' dtype in ROUNDINGS: the difference and the product are each rounded to it.
+    Zero points are numbers, one a scale, for HQQ, else integers in streams along the outputs; `group_ptr` has the group of
+    each input, or is None where GROUP neighbours make one. HQQ's rows lie in COUNT planes of `plane_rows` rows; after
+    `cycle_rows` of them HQQ_ACROSS starts with the first group. Difference and product are each rounded to ROUND.
     """
     o_k = k + tl.arange(0, BLOCK_K)
     m_w = (o_m < out_features)[:, None] & (o_k < in_features)[None, :]  # [BLOCK_M, BLOCK_K]

@@ -203,10 +203,7 @@ class LoraParallelLinear(LoraLinearBase):
                 y = self.method(name).apply(self, name, x, y)
         return y.to(dtype), bias
 
-    def low_rank(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.low_rank_of_dropped(name, self.lora_dropout[name](x))
-
-    def low_rank_of_dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def low_rank_of_dropped(self, name: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
         return _output(self.lora_B[name](_output(self.lora_A[name](x))))
 

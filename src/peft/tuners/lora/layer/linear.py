@@ -155,11 +155,18 @@ class LoraLinearBase(LoraLayer, nn.Module):
 
     def call_base(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As of every layer; where the base layer's own forward pass records no gradient, one with it."""
-        if torch.is_grad_enabled() and not isinstance(self.base_layer, BaseTunerLayer):
-            weight = _readable(self.base_layer, self.fan_in_fan_out)
-            if weight is not None and not weight.differentiable:
-                return straight_through(self.base_layer, weight, x)
+        if torch.is_grad_enabled():
+            if "_closed" not in self.__dict__:
+                self._look_at_base()
+            if self.__dict__["_closed"] is not None:
+                return straight_through(self.base_layer, self.__dict__["_closed"], x)
         return self.base_layer(x, *args, **kwargs)
+
+    def _look_at_base(self) -> None:
+        """Note the base weight where the base layer's own forward pass records no gradient, else None."""
+        inner = isinstance(self.base_layer, BaseTunerLayer)
+        weight = None if inner else _readable(self.base_layer, self.fan_in_fan_out)
+        self.__dict__["_closed"] = None if weight is None or weight.differentiable else weight
 
     def base_product(self, x: torch.Tensor) -> torch.Tensor:
         weight = find_weight(self.base_layer, fan_in_fan_out=self.fan_in_fan_out)
@@ -169,6 +176,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
 
     # ---- the fused path --------------------------------------------------------------------------------------------
     def _plan_run(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+        self._look_at_base()
         run = super()._plan_run()
         if run is not LoraLinearBase._forward_general:
             return run
