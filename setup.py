@@ -17,7 +17,7 @@ REQUIREMENTS = [
     "psutil",
     "pyyaml",
     "torch>=2.11.0",
-    "transformers>=5.23.0",
+    "transformers>=5.23.0,<5.24",  # 5.24 asks for the adapters of peft 0.22
     "tqdm",
     "accelerate>=1.10.0",
     "safetensors>=0.5.0",

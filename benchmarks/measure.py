@@ -72,7 +72,10 @@ def materialize(model: nn.Module, case: Case, storage: torch.dtype) -> None:
     """
     generator = torch.Generator(case.device).manual_seed(SEED)
     dtype = STORED[case.base]
+    replaced: set[nn.Module] = set()
     for module in list(model.modules()):
+        if module in replaced:
+            continue
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, device=case.device, dtype=dtype)
             if parameter.dim() == 1:
@@ -82,6 +85,7 @@ def materialize(model: nn.Module, case: Case, storage: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, child in list(module.named_children()):
             if case.base == "nf4" and isinstance(child, nn.Linear) and name in case.targets:
+                replaced.add(child)
                 weight = torch.empty(child.weight.shape, device=case.device, dtype=dtype)
                 setattr(module, name, quantize_linear(child, weight.normal_(0.0, 0.02, generator=generator), storage))
 

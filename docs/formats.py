@@ -47,6 +47,7 @@ class Form:
         layers: Qualified names of the layer classes, where they tell the format.
         tensor: The class of the weight, where that tells it.
         cases: Formats of tests/cases.py that are this one.
+        by_rows: Those of them whose bytes no kernel reads, although it reads others'.
         remark: What else has to be said.
     """
 
@@ -57,6 +58,7 @@ class Form:
     layers: tuple[str, ...] = ()
     tensor: str | None = None
     cases: tuple[str, ...] = ()
+    by_rows: tuple[str, ...] = ()
     remark: str = ""
 
     @property
@@ -82,7 +84,8 @@ FORMS = (
     ),
     Form(
         "HQQ", HqqWeight, "weights/test_hqq_weights.py", "CPU", ("hqq.core.quantize.HQQLinear",),
-        cases=("hqq4", "hqq4-across", "hqq8", "hqq3"),
+        cases=("hqq4", "hqq4-across", "hqq8", "hqq3"), by_rows=("hqq4-across",),
+        remark="the norm by rows where groups end within one",
     ),
     Form(
         "GPTQ", GptqWeight, "weights/test_gptq_awq_weights.py", "CPU", (f"{_GPTQMODEL}.torch.TorchLinear",),

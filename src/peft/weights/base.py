@@ -101,12 +101,21 @@ def bears(tensor: torch.Tensor, stamped: tuple) -> bool:
     )
 
 
+def held_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter as the module holds it: ZeRO-3 gathers one at each look at `_parameters`; this is a look past it.
+
+    compressed-tensors keeps parameters in a mapping of its own that is no dict.
+    """
+    parameters = module.__dict__["_parameters"]
+    return dict.get(parameters, name) if isinstance(parameters, dict) else parameters.get(name)
+
+
 def comes_and_goes(layer: nn.Module) -> bool:
     """Whether somebody gathers a layer's weight for each pass and lets go of it afterwards (FSDP, ZeRO-3).
 
     What is written to the shards in between leaves no trace on the gathered tensor.
     """
-    return "_is_fsdp_managed_module" in layer.__dict__ or hasattr(dict.get(layer._parameters, "weight"), "ds_id")
+    return "_is_fsdp_managed_module" in layer.__dict__ or hasattr(held_parameter(layer, "weight"), "ds_id")
 
 
 def writing(tensor: torch.Tensor):

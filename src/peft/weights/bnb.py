@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .base import BaseWeight, Packed, SameObject, bears, comes_and_goes, overwrite, stamp, untouched
+from .base import BaseWeight, Packed, SameObject, bears, comes_and_goes, held_parameter, overwrite, stamp, untouched
 from .plain import PlainWeight
 from .sharded import Piece, ShardedWeight, pieces_of_run
 
@@ -275,7 +275,7 @@ class ShardedWeight4bit(ShardedWeight):
 
     @property
     def _state(self) -> Any:
-        return quant_state_of(dict.get(self.layer._parameters, "weight"), self.layer)
+        return quant_state_of(held_parameter(self.layer, "weight"), self.layer)
 
     @property
     def shape(self) -> tuple[int, int]:

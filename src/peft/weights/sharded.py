@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .base import BaseWeight, is_hooked, writing
+from .base import BaseWeight, held_parameter, is_hooked, writing
 from .offloaded import present
 
 
@@ -118,8 +118,7 @@ def shards_of(module: nn.Module, name: str = "weight") -> Shards | None:
     flat = _flat_parameter(module)
     if flat is not None:
         return _shards_of_flat(flat, name, module._handle.process_group)
-    # ZeRO-3 gathers a parameter at each look at `_parameters`; this is a look past it.
-    parameter = dict.get(innermost(module)._parameters, name)
+    parameter = held_parameter(innermost(module), name)
     if parameter is None or type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id"):
         return None
     if hasattr(parameter, "ds_id"):
@@ -236,7 +235,7 @@ def _whole_shape(module: nn.Module, name: str) -> torch.Size:
         return next(
             shape for shape, info in zip(flat._shapes, flat._param_infos, strict=True) if info.param_name == name
         )
-    parameter = dict.get(innermost(module)._parameters, name)
+    parameter = held_parameter(innermost(module), name)
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
