@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peft import LoraConfig, dora, get_peft_model, inject_adapter_in_model
@@ -249,3 +250,69 @@ def test_many_chunks(model, refreshes, monkeypatch, reentrant):
     refreshes.clear()
     results(model)
     assert set(refreshes) == {1}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are launched."""
+    from peft.dora.kernels.launch import Launch
+
+    seen = []
+    original = Launch.__call__
+
+    def launch(self, *tensors):
+        seen.append(self.function.fn.__name__ if hasattr(self.function, "fn") else self.function.__name__)
+        original(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", launch)
+    return seen
+
+
+class Products(TorchDispatchMode):
+    """Counts the products that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name.removeprefix("aten::") in ("mm", "addmm", "addmm_", "linear", "matmul")
+        return function(*args, **(kwargs or {}))
+
+
+def test_launches_of_a_pass(body, launches):
+    """What the README beside the engine says: they decide what a short sequence costs."""
+    if body.route.path != "triton":
+        pytest.skip("the kernels' passes")
+    config = LoraConfig(r=4, target_modules=["layers.0", "layers.1", "layers.3"], use_dora=True, use_dora_triton=True)
+    model = get_peft_model(Net(), config).to(body.device)
+    net_of(model).order = [0, 1, 3]
+    x = x_of(model)
+    model(x).sum().backward()
+    launches.clear()
+    with Products() as forward:
+        y = model(x).sum()
+    # for all layers: the cast with its digests, and the norms; then a pass over each layer's output
+    assert sorted(launches) == ["cast_fwd_kernel"] + ["compose_fwd_kernel"] * 3 + ["norms_fwd_kernel"]
+    assert forward.count == 2 * 3
+    launches.clear()
+    with Products() as backward:
+        y.backward()
+    assert launches == ["compose_bwd_kernel"] * 3
+    assert backward.count == 4 * 3  # dh, dA, and dx in two; dB comes out of the pass over dy
+
+
+def test_launches_of_a_decode_step(body, launches):
+    """Without a gradient an adapter adds two launches to a layer's own product, and two to the whole model."""
+    if body.route.path != "triton":
+        pytest.skip("the kernels' passes")
+    config = LoraConfig(r=4, target_modules=["layers.0", "layers.1", "layers.3"], use_dora=True, use_dora_triton=True)
+    model = get_peft_model(Net(), config).to(body.device).eval()
+    net_of(model).order = [0, 1, 3]
+    x = x_of(model, rows=1).detach()
+    with torch.inference_mode():
+        model(x)
+        launches.clear()
+        with Products() as products:
+            model(x)
+    assert len(launches) == 3 + 2 and products.count == 2 * 3
