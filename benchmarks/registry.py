@@ -106,6 +106,10 @@ CASES = {
             "70b", "70B×80, NF4, 4 × 1,024 tokens, r 12, checkpointing", LLAMA_70B, 80, "nf4", 1, 1024, 12, True,
             accumulation=4, warm=1, steps=3,
         ),
+        Case(
+            "cpu", "one SwiGLU MLP of 1,024 × 2,816 on the CPU, fp32, 256 tokens, r 16", Widths(1024, 2816, 16, 16), 1, "fp32",
+            1, 256, 16, False, "cpu", mlp=True, warm=5, steps=30,
+        ),
         Case("tiny", "a tiny decoder on the CPU, fp32, r 4", TINY, 2, "fp32", 1, 32, 4, False, "cpu"),
         Case("tiny-bf16", "a tiny decoder on the CPU, bf16, r 4, checkpointing", TINY, 2, "bf16", 1, 32, 4, True, "cpu"),
         Case("tiny-nf4", "a tiny decoder on the CPU, NF4, r 4", TINY, 2, "nf4", 1, 32, 4, False, "cpu", accumulation=2),
@@ -125,7 +129,10 @@ IMPLEMENTATIONS = {
     )
 }
 # What a plain run measures of a case; the full 70B has one comparison to make, and each of its steps is long.
-IMPLEMENTATIONS_OF = {"70b": ["upstream-dora", "dora-triton"]}
+IMPLEMENTATIONS_OF = {
+    "70b": ["upstream-dora", "dora-triton"],
+    "cpu": ["upstream-lora", "upstream-dora", "lora", "dora"],
+}
 
 GOALS = (
     Goal("c1", "dora-triton", "upstream-lora", time=0.78, memory=1.0),
@@ -136,6 +143,7 @@ GOALS = (
     Goal("c1", "lora", "upstream-lora", time=0.85),
     Goal("c4", "lora", "upstream-lora", time=0.85),
     Goal("m1", "dora-triton", None, at_most_ms=5.6),
+    Goal("cpu", "dora", "upstream-dora", time=0.60, memory=0.60),
     Goal("70b", "dora-triton", "upstream-dora", time=0.40, less_mib=4500),
 )
 
