@@ -199,7 +199,6 @@ class NormCache:
             return None
         key = weight.key()
         member = make_member(source, A, B, magnitude, scaling)
-        asked = self.request
         kind = kernels().kind_of(member, dtype)
         batch, asked = self.batch, self.request
         stands = asked is not None and asked.key == key and asked.member.scaling == scaling

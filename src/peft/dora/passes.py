@@ -129,16 +129,15 @@ class ModelPass:
 
     def _gather(self) -> None:
         """Put the caches that have a request into chunks; chunks that stand as they were keep what they know."""
-        known = {tuple(chunk.members): chunk for chunk in self.chunks}
-        self.chunks = []
+        known, self.chunks = self.chunks, []
         for caches in _divide(caches_of(self.model())):
-            members = tuple((cache, cache.request) for cache in caches)
-            chunk = next((chunk for found, chunk in known.items() if _same(found, members)), None)
-            self.chunks.append(chunk or Chunk(self, caches))
+            members = [(cache, cache.request) for cache in caches]
+            stands = next((chunk for chunk in known if _same(chunk.members, members)), None)
+            self.chunks.append(stands or Chunk(self, caches))
         self.number = requests.number
 
 
-def _same(one: tuple, other: tuple) -> bool:
+def _same(one: list[tuple], other: list[tuple]) -> bool:
     return len(one) == len(other) and all(a is c and b is d for (a, b), (c, d) in zip(one, other, strict=True))
 
 
