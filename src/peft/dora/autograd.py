@@ -93,7 +93,7 @@ def _linear(
 
 
 CHECKPOINT = "torch.utils.checkpoint"
-UNKNOWN = object()
+WHOLE: list[tuple[int, int] | None] = [None]
 
 
 def find_call(
@@ -131,8 +131,8 @@ class Call:
     """
 
     __slots__ = (
-        "autocast", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed", "ranges",
-        "route", "scaling", "triton", "weight",
+        "autocast", "beside", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed",
+        "parts", "route", "scaling", "triton", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -154,9 +154,10 @@ class Call:
         self.cache = cache
         self.route = route
         self.packed = None
+        self.parts = WHOLE  # ranges of rows in which a large packed W is unpacked, one after the other
+        self.beside = False  # whether h and dA are computed where W is unpacked
         self.triton = runs_triton(route, x, self.branch_dtype)
         self.launches: dict = {}
-        self.ranges: Any = UNKNOWN
 
     def factors(self, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, floor: bool) -> Factors:
         cache = self.cache
@@ -177,42 +178,69 @@ class Call:
             norm=magnitude is not None,
         )
 
-    def dense(self) -> torch.Tensor:
-        """W `[out, in]` in the dtype of the base product."""
+    def dense(self, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """W `[out, in]`, or some rows of a packed one, in the dtype of the base product."""
         if self.packed is not None and self.triton:
-            return kernels().dequantise(self.packed, self.dtype, self.launches)
+            return kernels().dequantise(self.packed, self.dtype, self.launches, rows)
         return self.weight.dense() if self.is_plain and not self.autocast else self.weight.dense(self.dtype)
 
-    def parts(self) -> list[tuple[int, int]] | None:
-        """Ranges of rows in which a large packed W is dequantised, None for one range."""
-        if self.packed is None or not self.triton:
-            return None
-        if self.ranges is UNKNOWN:
-            self.ranges = kernels().row_parts(self.packed, self.dtype)
-        return self.ranges
+    def use(self, packed: Any, rank: int) -> None:
+        """Take note of the weight's bytes, None where it is dense, and of how they are read."""
+        if packed is self.packed:
+            return
+        self.packed, self.parts, self.beside = packed, WHOLE, False
+        if packed is not None and self.triton:
+            self.parts = kernels().row_parts(packed, self.dtype) or WHOLE
+            self.beside = kernels().goes_beside(packed, self.dtype, self.branch_dtype, rank)
 
-    def base_product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x Wᵀ + bias `[..., out]`."""
-        parts = self.parts()
-        if parts is None:
-            return F.linear(x, self.dense(), bias)
-        u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
-        rows, columns = x.view(-1, x.shape[-1]), u.view(-1, u.shape[-1])
-        for part in parts:
-            W = kernels().dequantise(self.packed, self.dtype, self.launches, part)
+    def products(
+        self, x: torch.Tensor, a: torch.Tensor | None, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x Wᵀ + bias `[..., out]` and h = x Aᵀ `[..., r]`, None without A."""
+        part, *others = self.parts
+        if a is not None and self.beside:
+            W, h = kernels().unpack_beside(self.packed, x, a, launches=self.launches, rows=part)
+        else:
+            W, h = self.dense(part), None
+        if part is None:
+            u = F.linear(x, W, bias)
+        else:
+            u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
+            rows, columns = x.view(-1, x.shape[-1]), u.view(-1, u.shape[-1])
             torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
-            del W
-        return u if bias is None else u.add_(bias)
+            for part in others:
+                del W  # before there is the next one
+                W = self.dense(part)
+                torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
+            if bias is not None:
+                u += bias
+        if a is not None and h is None:
+            h = F.linear(as_dtype(x, self.branch_dtype), a)
+        return u, h
 
-    def base_gradient(self, t: torch.Tensor) -> torch.Tensor:
-        """t W `[tokens, in]`."""
-        parts = self.parts()
-        if parts is None:
-            return torch.mm(t, self.dense())
-        dx = t.new_zeros((t.shape[0], self.in_features))
-        for part in parts:
-            dx.addmm_(t[:, part[0] : part[1]], kernels().dequantise(self.packed, self.dtype, self.launches, part))
-        return dx
+    def input_gradients(
+        self, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, x: torch.Tensor | None, a_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dx = t W + dh A `[tokens, in]` and, where x is given, dA = dhᵀ x `[r, in]` in its dtype."""
+        part, *others = self.parts
+        t = as_dtype(t, self.dtype)
+        if x is not None and self.beside:
+            W, da = kernels().unpack_beside(self.packed, x, dh, a_dtype, self.launches, part)
+        else:
+            W, da = self.dense(part), None
+        if dh.dtype != self.dtype:
+            dx = torch.addmm(torch.mm(t, W).to(dh.dtype), dh, a)
+        elif part is None and self.in_features < t.shape[1]:
+            dx = torch.mm(t, W).addmm_(dh, a)
+        else:  # cuBLAS reads what is there to be added behind the long sums: cheap, where dx is the larger part of it
+            dx = torch.mm(dh, a).addmm_(t if part is None else t[:, part[0] : part[1]], W)
+            for part in others:
+                del W
+                W = self.dense(part)
+                dx.addmm_(t[:, part[0] : part[1]], W)
+        if x is not None and da is None:
+            da = product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
+        return dx, da
 
     @property
     def body(self) -> Any:
@@ -232,15 +260,14 @@ class Call:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Factors]:
         """The forward pass: y `[..., out]`, x and h in the dtypes of their products, v or None, and the factors."""
         factors = self.factors(A, B, magnitude, floor=keep == "y")
-        self.packed = factors.packed
+        self.use(factors.packed, factors.a.shape[0])
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if not x.is_contiguous():
             x = x.contiguous()
         stats = factors.stats
         with_bias = bias is not None and stats is None
-        u = self.base_product(x, as_dtype(bias.detach(), x.dtype) if with_bias else None)
-        h = F.linear(x if x.dtype == self.branch_dtype else x.to(self.branch_dtype), factors.a)
+        u, h = self.products(x, factors.a, as_dtype(bias.detach(), x.dtype) if with_bias else None)
         y, v = self.body.compose(
             u,
             h,
@@ -357,7 +384,7 @@ def _gradients(
     kept_is_v = ctx.keep == "v"
     if need_m and not kept_is_v and kept._version:
         kept, kept_is_v = _recompute(call, x, h, factors, lora_bias), True
-    call.packed = factors.packed
+    call.use(factors.packed, factors.a.shape[0])
     need_t = need_x or need_a or need_b
     db = None
     if factors.stats is None:
@@ -379,11 +406,11 @@ def _gradients(
         db = product_in(t.t(), h.view(-1, h.shape[-1]), b_dtype, call.scaling)
     if need_a or need_x:
         dh = scaled_product(t, factors.b, call.scaling)
-        if need_a:
-            da = product_in(dh.t(), as_dtype(x.view(-1, shape[-1]), dh.dtype), a_dtype)
         if need_x:
-            dx = input_gradient(call, t, dh, factors.a)
+            dx, da = call.input_gradients(t, dh, factors.a, x if need_a else None, a_dtype)
             dx = as_dtype(dx, x_dtype)
+        elif need_a:
+            da = product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, call.in_features), a_dtype)
     if dm is not None and (dm.dtype != magnitude.dtype or dm.shape != magnitude.shape):
         dm = dm.to(magnitude.dtype).view(magnitude.shape)
     total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=sum_dtype(dy)) if need_bias or need_c else None
@@ -393,19 +420,11 @@ def _gradients(
     return dx, da, db, dm, dc, dbias
 
 
-def input_gradient(call: Call, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """dx = t W + dh A `[tokens, in]`."""
-    dx = call.base_gradient(as_dtype(t, call.dtype))
-    if dh.dtype == dx.dtype:
-        return dx.addmm_(dh, a)
-    return torch.addmm(dx.to(dh.dtype), dh, a)
-
-
 def _recompute(
     call: Call, x: torch.Tensor, h: torch.Tensor, factors: Factors, lora_bias: torch.Tensor | None
 ) -> torch.Tensor:
     """v once more, because the layer's output, from which it would have been read, was changed in place."""
-    u = call.base_product(x)
+    u, _ = call.products(x, None)
     return eager.compose(u, h, factors.b, stats=None, bias=None, lora_bias=lora_bias, scaling=call.scaling)[0]
 
 

@@ -2,6 +2,7 @@
 """The Triton bodies. This package is the only importer of triton, and is itself imported by the first call that runs a
 kernel."""
 
+from .beside import goes_beside, unpack_beside
 from .compose import compose, scale_gradient
 from .packed4 import dequantise_packed4
 from .packed8 import dequantise_packed8
@@ -14,11 +15,13 @@ __all__ = [
     "Member",
     "compose",
     "dequantise",
+    "goes_beside",
     "kind_of",
     "row_norm",
     "row_parts",
     "scale_gradient",
     "source_of",
+    "unpack_beside",
 ]
 
 PART_BYTES = 256 * 2**20  # larger products take no longer in parts of this size
@@ -51,5 +54,6 @@ def row_parts(packed, dtype):
     parts = -(-out_features * in_features * dtype.itemsize // PART_BYTES)
     if parts < 2 or packed.kind not in ("nf4", "fp4"):
         return None
-    step = -(-out_features // parts // 128) * 128
+    multiple = max(128, packed.blocksize)  # rows, so that every part begins with a block
+    step = -(-out_features // parts // multiple) * multiple
     return [(first, min(first + step, out_features)) for first in range(0, out_features, step)]

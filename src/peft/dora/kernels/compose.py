@@ -84,6 +84,7 @@ def compose_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     i_n = tl.program_id(0)
     i_p = tl.program_id(1)
@@ -96,7 +97,7 @@ def compose_bwd_kernel(
     b_gain = tl.load(stats_ptr + out_features + o_n, mask=m_n, other=1.0)  # [BLOCK_N]
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     b_db = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
-    for step in range(steps):
+    for step in tl.range(steps, num_stages=STAGES):
         o_m = (i_p.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         o_y = o_m[:, None] * out_features + o_n[None, :]
         m_y = (o_m < tokens)[:, None] & m_n[None, :]
@@ -212,13 +213,13 @@ def scale_gradient(
     key = "gradient", tokens, kept is None, kept_is_v, dtype, rank, b_dtype
     launch = None if launches is None else launches.get(key)
     if launch is None:
-        block_m, block_n, steps, warps = gradient_tiles(tokens, out_features)
-        parts, columns = ceil_div(tokens, block_m * steps), ceil_div(out_features, block_n)
+        tiles = gradient_tiles(tokens, out_features, rank)
+        parts = ceil_div(tokens, tiles.block_m * tiles.steps)
         launch = _compose_bwd.prepare(
-            (columns, parts, 1),
-            (tokens, steps, float(scaling), out_features),
-            (kept_is_v, parts > 1, rank, block_m, block_n, rank_block(rank)),
-            warps,
+            (ceil_div(out_features, tiles.block_n), parts, 1),
+            (tokens, tiles.steps, float(scaling), out_features),
+            (kept_is_v, parts > 1, rank, tiles.block_m, tiles.block_n, rank_block(rank), tiles.stages),
+            tiles.warps,
             keep=(launches, key),
         )
     columns, parts, _ = launch.grid

@@ -55,22 +55,34 @@ def load_weight4(
     in_features,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
     ROUND: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The tile W[o_m, k : k + BLOCK_K] as it is dequantised, in float32.
 
-    EVEN says that in_features is, so that no byte spans two rows; ROUND is the dtype's entry in ROUNDINGS.
+    ROWS says where rows begin: between two blocks that share a scale (2), between two bytes (1), or anywhere (0). ROUND is
+    the dtype's entry in ROUNDINGS. BLOCKSIZE and BLOCK_K are powers of two.
     """
-    if EVEN:
+    if ROWS > 0:
         o_half = k // 2 + tl.arange(0, BLOCK_K // 2)
         m_half = (o_m < out_features)[:, None] & (o_half < in_features // 2)[None, :]
         o_byte = o_m[:, None] * (in_features // 2) + o_half[None, :]  # [BLOCK_M, BLOCK_K / 2]
         b_byte = tl.load(data_ptr + o_byte, mask=m_half, other=0).to(tl.int32)
-        b_scale = load_scale4(
-            absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_half, NESTED
-        )
+        if ROWS == 2:  # one scale for each block, not for each byte
+            COUNT: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
+            o_first = k + tl.arange(0, COUNT) * BLOCKSIZE
+            m_block = (o_m < out_features)[:, None] & (o_first < in_features)[None, :]
+            o_block = (o_m[:, None] * in_features + o_first[None, :]) // BLOCKSIZE  # [BLOCK_M, COUNT]
+            b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_block, m_block, NESTED)
+            if COUNT > 1:
+                BLOCK_M: tl.constexpr = o_m.shape[0]
+                b_scale = tl.broadcast_to(b_scale[:, :, None], [BLOCK_M, COUNT, BLOCKSIZE // 2])
+                b_scale = tl.reshape(b_scale, [BLOCK_M, BLOCK_K // 2])
+        else:
+            b_scale = load_scale4(
+                absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_half, NESTED
+            )
         b_high = tl.load(code_ptr + (b_byte >> 4)) * b_scale
         b_low = tl.load(code_ptr + (b_byte & 15)) * b_scale
         return tl.interleave(round_to(b_high, ROUND), round_to(b_low, ROUND))
@@ -81,6 +93,38 @@ def load_weight4(
     b_nibble = (b_byte >> ((1 - o_w % 2) * 4).to(tl.int32)) & 15
     b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_w // BLOCKSIZE, m_w, NESTED)
     return round_to(tl.load(code_ptr + b_nibble) * b_scale, ROUND)
+
+
+@triton.jit
+def unpack4(
+    data_ptr,
+    absmax_ptr,
+    code_ptr,
+    outer_ptr,
+    outer_code_ptr,
+    offset_ptr,
+    w_ptr,
+    i,
+    first,
+    elements,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The i-th run of BLOCKS blocks of a weight, counted from its element `first`, where a block begins."""
+    o_run = i.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    m_run = o_run * BLOCKSIZE < elements
+    b_scale = load_scale4(
+        absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, first // BLOCKSIZE + o_run, m_run, NESTED
+    )  # [BLOCKS]
+    o_byte = o_run[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    b_byte = tl.load(data_ptr + first // 2 + o_byte, mask=o_byte * 2 < elements, other=0).to(tl.int32)
+    b_high = round_to(tl.load(code_ptr + (b_byte >> 4)) * b_scale[:, None], ROUND)  # [BLOCKS, BLOCKSIZE / 2]
+    b_low = round_to(tl.load(code_ptr + (b_byte & 15)) * b_scale[:, None], ROUND)
+    b_w = tl.interleave(b_high.to(w_ptr.dtype.element_ty), b_low.to(w_ptr.dtype.element_ty))
+    o_w = o_run[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]  # [BLOCKS, BLOCKSIZE]
+    tl.store(w_ptr + o_w, b_w, mask=o_w < elements)
 
 
 @triton.jit
@@ -97,18 +141,13 @@ def dequantise4_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     ROUND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64)
-    o_byte = first // 2 + i * BLOCK + tl.arange(0, BLOCK)
-    m_byte = o_byte * 2 < first + elements
-    b_byte = tl.load(data_ptr + o_byte, mask=m_byte, other=0).to(tl.int32)  # [BLOCK]
-    b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_byte, NESTED)
-    b_high = round_to(tl.load(code_ptr + (b_byte >> 4)) * b_scale, ROUND)
-    b_low = round_to(tl.load(code_ptr + (b_byte & 15)) * b_scale, ROUND)
-    b_w = tl.interleave(b_high.to(w_ptr.dtype.element_ty), b_low.to(w_ptr.dtype.element_ty))  # [2 * BLOCK]
-    o_w = i * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-    tl.store(w_ptr + o_w, b_w, mask=o_w < elements)
+    i = tl.program_id(0)
+    unpack4(
+        data_ptr, absmax_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, w_ptr, i, first, elements,
+        BLOCKSIZE, NESTED, ROUND, BLOCKS,
+    )  # fmt: skip
 
 
 _dequantise4 = Kernel(dequantise4_kernel)
@@ -122,6 +161,11 @@ def packed4_args(packed: Any) -> tuple[tuple, tuple[int, int]]:
     return (packed.absmax, packed.code, outer, outer_code, offset), (packed.blocksize, nested)
 
 
+def rounding_of(packed: Any, dtype: torch.dtype) -> int:
+    """ROUND of a weight that is unpacked in `dtype`: it is rounded to the dtype that was quantised, if that is another."""
+    return 0 if packed.dtype == dtype else ROUNDINGS.get(packed.dtype, 0)
+
+
 def dequantise_packed4(
     packed: Any, dtype: torch.dtype, launches: dict | None = None, rows: tuple[int, int] | None = None
 ) -> torch.Tensor:
@@ -131,7 +175,7 @@ def dequantise_packed4(
         packed: The bytes.
         dtype: That of the matrix.
         launches: Where the launches are kept.
-        rows: The first row and the one after the last, of an even number of elements each; None for all.
+        rows: The first row, before which there are whole blocks, and the one after the last; None for all.
     """
     first, last = (0, packed.shape[0]) if rows is None else rows
     w = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.data.device)
@@ -139,11 +183,12 @@ def dequantise_packed4(
     key = "dequantise", rows
     launch = None if launches is None else launches.get(key)
     if launch is None:
-        block = 16 if INTERPRETED else 1024
+        blocks = max(1, (32 if INTERPRETED else 2048) // packed.blocksize)
         launch = _dequantise4.prepare(
-            (ceil_div(w.numel(), 2 * block), 1, 1),
+            (ceil_div(w.numel(), blocks * packed.blocksize), 1, 1),
             (first * packed.shape[1], w.numel()),
-            (*constants, 0 if packed.dtype == dtype else ROUNDINGS.get(packed.dtype, 0), block),
+            (*constants, rounding_of(packed, dtype), blocks),
+            2,
             # The nested scale is a product and a sum, each rounded, in bitsandbytes: fused it would round once.
             fusion=False,
             keep=(launches, key),

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .launch import INTERPRETED, Kernel
 from .row_norm import PLAIN, Source, sum_squares
-from .tiles import ceil_div, norm_tiles, rank_block
+from .tiles import ceil_div, norm_tiles
 
 # The columns of the table that tells the kernels where each member's tensors are.
 A, B, ELEMENTS_A, ELEMENTS_B = (tl.constexpr(i) for i in range(4))
@@ -103,9 +103,9 @@ def norms_fwd_kernel(
     table_ptr, copy_ptr, digest_ptr, old_ptr, stats_ptr, owners, slot, members, floor,
     FACTOR_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr, ZERO_TYPE: tl.constexpr,
     GROUP_TYPE: tl.constexpr, MAGNITUDE_TYPE: tl.constexpr, LAYOUT: tl.constexpr, EVEN_IN: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr,
     BITS: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr,
-    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
     i_member = tl.load(table_ptr + owners + i)
@@ -156,7 +156,7 @@ def norms_fwd_kernel(
             sum_squares(
                 p_w, p_scale, p_code, p_outer, p_outer_code, p_offset, p_zero, p_group, p_a, p_b, o_m, scaling,
                 out_features, in_features, size_m, size_k,
-                FORMAT, BLOCKSIZE, NESTED, EVEN, BITS, COUNT, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R,
+                FORMAT, BLOCKSIZE, NESTED, ROWS, BITS, COUNT, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R, STAGES,
             )
         )  # fmt: skip
     p_stats = stats_ptr + stats + o_m
@@ -214,7 +214,7 @@ class Batch:
             0,
             *accumulate(-(-self.rows * member.b.shape[0] // ALIGNED) * ALIGNED for member in members),
         ]
-        self.tiles = norm_tiles(self.rank, first.source.constants[0] if self.norms else PLAIN)
+        self.tiles = norm_tiles(self.rank, first.source.constants[0] if self.norms else PLAIN, dtype.itemsize)
         self.addresses: list[int] | None = None
         self._templates()
         self.forget()
@@ -388,7 +388,8 @@ class Batch:
             self.rank,
             self.tiles.block_m,
             self.tiles.block_k,
-            rank_block(self.rank),
+            self.tiles.block_r,
+            self.tiles.stages if self.rank > self.tiles.block_r else None,
         )
 
 

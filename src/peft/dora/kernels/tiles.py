@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from .launch import INTERPRETED
+
+WIDE = torch.version.hip is None
 
 
 class NormTiles(NamedTuple):
@@ -13,6 +17,7 @@ class NormTiles(NamedTuple):
 
     block_m: int
     block_k: int
+    block_r: int
     warps: int
     stages: int
 
@@ -39,28 +44,42 @@ def compose_tiles(tokens: int, rank: int) -> tuple[int, int, int, int]:
     if tokens <= 16:
         return 16, 128, rank_block(rank), 4
     # On an H100 the pass is at the memory's speed up to rank 64 or so, from there on a matrix product.
-    return (32 if rank <= 64 else 64), 128, rank_block(rank), 4
+    return (32 if rank <= 64 else 128), 128, rank_block(rank), 4
 
 
-def gradient_tiles(tokens: int, out_features: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, the blocks of rows that a program goes through, and the number of warps."""
+class GradientTiles(NamedTuple):
+    """BLOCK_M, BLOCK_N, the blocks of rows that a program goes through, the number of warps and of stages."""
+
+    block_m: int
+    block_n: int
+    steps: int
+    warps: int
+    stages: int
+
+
+def gradient_tiles(tokens: int, out_features: int, rank: int) -> GradientTiles:
+    """Tiles of the pass over dy; with a rank it sums dB too, and then it has to load ahead of the product."""
     if INTERPRETED:
-        return 8, 16, 2, 1
-    block_m, block_n = 32, 128
+        return GradientTiles(8, 16, 2, 1, 1)
+    stages = 3 if rank else 1
+    block_m, block_n, programs = (32, 128, 512) if not rank or out_features > 8192 else (64, 64, 1024)
     # Enough programs for an H100's 132 multiprocessors, and few partial sums for each output feature.
-    programs = max(4, 512 // ceil_div(out_features, block_n))
-    return block_m, block_n, max(1, ceil_div(ceil_div(tokens, block_m), programs)), 4
+    programs = max(4, programs // ceil_div(out_features, block_n))
+    return GradientTiles(block_m, block_n, max(1, ceil_div(ceil_div(tokens, block_m), programs)), 4, stages)
 
 
-def norm_tiles(rank: int, weight_format: int) -> NormTiles:
+def norm_tiles(rank: int, weight_format: int, itemsize: int, wide: bool = WIDE) -> NormTiles:
     """Tiles of the row norm: a small rank reads W and little else, a large one is a matrix product.
 
     Args:
         rank: r.
         weight_format: PLAIN, FOUR_BIT or EIGHT_BIT of `row_norm.py`.
+        itemsize: Bytes of an element of A and B.
+        wide: Whether a program may have more than 64 KiB of shared memory.
     """
     if INTERPRETED:
-        return NormTiles(16, 32, 1, 1)
+        return NormTiles(16, 32, rank_block(rank), 1, 1)
     if rank > 64:
-        return NormTiles(64, 64, 4, 3)
-    return NormTiles(32, 128, 4, 3)
+        return NormTiles(64, 256, 64, 8, 3) if wide and itemsize == 2 else NormTiles(64, 64, 32, 4, 3)
+    # Unpacked values are arithmetic, not loads: stages would only take registers from it.
+    return NormTiles(32, 128, rank_block(rank), 4, 1 if weight_format == 4 else 3)
