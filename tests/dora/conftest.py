@@ -34,3 +34,19 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are launched, as they are."""
+    from peft.dora.kernels.launch import Kernel, Launch
+
+    seen = []
+    again, once = Launch.__call__, Kernel.__call__
+
+    def record(launched):
+        seen.append(getattr(launched.function, "fn", launched.function).__name__)
+
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: (record(self), again(self, *tensors))[1])
+    monkeypatch.setattr(Kernel, "__call__", lambda self, *rest: (record(self), once(self, *rest))[1])
+    return seen

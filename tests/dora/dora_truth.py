@@ -7,11 +7,13 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from peft.dora import dora_linear_reference, gain, linear, row_norm
 from peft.dora.eager import DenseWeight
 from peft.dora.route import Route
+from peft.weights import find_weight
 
 NAMES = ("x", "A", "B", "magnitude", "lora_bias", "bias")
 
@@ -109,6 +111,24 @@ def make_case(
     }
     tensors = {name: None if tensor is None else tensor.requires_grad_() for name, tensor in case.items()}
     return Case(tensors, W, scaling, draw(*tokens, out_features, kind=autocast or dtype), autocast)
+
+
+def quantised(kind, out, features, device, nested=True, blocksize=64, dtype=torch.float32):
+    """A bitsandbytes weight of `kind` ("nf4", "fp4" or "int8") with one row far larger than the others."""
+    bnb = pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(out, features, generator=generator) * features**-0.5
+    data[0] *= 30
+    data = data.to(dtype)
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(features, out, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(data, has_fp16_weights=False, requires_grad=False)
+    else:
+        layer = bnb.nn.Linear4bit(features, out, bias=False, compress_statistics=nested, quant_type=kind)
+        layer.weight = bnb.nn.Params4bit(
+            data, requires_grad=False, compress_statistics=nested, quant_type=kind, blocksize=blocksize
+        )
+    return find_weight(layer.to(device))
 
 
 def run(case, function):

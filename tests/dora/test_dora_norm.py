@@ -5,13 +5,12 @@ import types
 
 import pytest
 import torch
-from dora_truth import distance, make_case
+from dora_truth import distance, make_case, quantised
 
 from peft import dora
 from peft.dora import norm as norm_module
 from peft.dora.eager import DenseWeight
 from peft.dora.route import Route
-from peft.weights import find_weight
 
 
 def factors(out, features, rank, dtype, device, seed=0):
@@ -150,23 +149,6 @@ def test_wrong_shapes_are_refused(body):
     W, A, B = factors(20, 30, 2, torch.float32, body.device)
     with pytest.raises(ValueError, match=r"expected A \[r, 30\] and B \[20, r\]"):
         dora.row_norm(DenseWeight(W), A[:, :-1], B, 1.0, route=body.route)
-
-
-def quantised(kind, out, features, device, nested=True, blocksize=64, dtype=torch.float32):
-    bnb = pytest.importorskip("bitsandbytes")
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(out, features, generator=generator) * features**-0.5
-    data[0] *= 30
-    data = data.to(dtype)
-    if kind == "int8":
-        layer = bnb.nn.Linear8bitLt(features, out, bias=False, has_fp16_weights=False)
-        layer.weight = bnb.nn.Int8Params(data, has_fp16_weights=False, requires_grad=False)
-    else:
-        layer = bnb.nn.Linear4bit(features, out, bias=False, compress_statistics=nested, quant_type=kind)
-        layer.weight = bnb.nn.Params4bit(
-            data, requires_grad=False, compress_statistics=nested, quant_type=kind, blocksize=blocksize
-        )
-    return find_weight(layer.to(device))
 
 
 # Odd features too: rows that begin in the middle of a byte.

@@ -252,22 +252,6 @@ def test_many_chunks(model, refreshes, monkeypatch, reentrant):
     assert set(refreshes) == {1}
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The names of the kernels that are launched."""
-    from peft.dora.kernels.launch import Launch
-
-    seen = []
-    original = Launch.__call__
-
-    def launch(self, *tensors):
-        seen.append(self.function.fn.__name__ if hasattr(self.function, "fn") else self.function.__name__)
-        original(self, *tensors)
-
-    monkeypatch.setattr(Launch, "__call__", launch)
-    return seen
-
-
 class Products(TorchDispatchMode):
     """Counts the products that torch is asked for."""
 
