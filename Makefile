@@ -42,6 +42,7 @@ style: $(VENV)/.ready-quality  ## put style and formatting right
 
 bench: $(VENV)/.ready-bench  ## measure beside upstream, check the rows, draw them (a GPU; on a CPU the tiny cases)
 	$(PY) benchmarks/run.py --verify $(ARGS)
+	$(PY) benchmarks/losses.py
 	$(PY) benchmarks/verify.py
 	$(PY) benchmarks/plot.py
 	$(PY) benchmarks/table.py --write

@@ -111,19 +111,28 @@ def build_base(case: Case, storage: torch.dtype = torch.uint8) -> nn.Module:
 
 
 def add_adapter(model: nn.Module, case: Case, implementation: Implementation) -> nn.Module:
-    """Wraps `model` by whichever `peft` is imported; A gets seeded values, so that both packages train the same."""
+    """Wraps `model` by whichever `peft` is imported; both packages start from the same A, and so train the same."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=case.rank, lora_alpha=2 * case.rank, target_modules=list(case.targets), **implementation.config
     )
     model = get_peft_model(model, config)
-    generator = torch.Generator(case.device).manual_seed(SEED + 1)
+    seed_factors(model, case.device)
+    return model
+
+
+def seed_factors(model: nn.Module, device: str) -> None:
+    """Gives every A of an adapted model the same start, whichever package made it: normal, of variance 1/in."""
+    generator = torch.Generator(device).manual_seed(SEED + 1)
     trained = sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     for name, parameter in trained:
         if "lora_A" in name:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
-    return model
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
 
 
 def make_step(model: nn.Module, case: Case):
@@ -240,7 +249,7 @@ def measure(case: Case, implementation: Implementation, source: Path) -> dict:
     if implementation.package is not None:
         model = add_adapter(model, case, implementation)
     row = timed_steps(make_step(model, case), case)
-    row["device"] = torch.cuda.get_device_name() if case.device == "cuda" else f"CPU ({platform.machine()})"
+    row["device"] = device_name(case.device)
     row["versions"] = versions_of(implementation, source)
     return row
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Draws time and memory of the rows that may be quoted, against upstream's LoRA and the floor.
+"""Draws the rows that may be quoted: time and memory against upstream's LoRA and the floor; curves of losses.
 
 python plot.py [FILE ...]          # results/NAME.jsonl gives results/NAME.png
 """
@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import matplotlib
-from registry import CASES, IMPLEMENTATIONS
-from rows import files, latest_runs, read
-from verify import faults
+from registry import CASES, IMPLEMENTATIONS, LOSS_BOUND
+from rows import files, has_curves, latest_runs, read
+from verify import curves_apart, faults, faults_of_curves
 
 matplotlib.use("Agg")
 
@@ -58,6 +58,8 @@ def draw_panel(axes, runs: dict[str, dict[str, dict]], field: str, title: str) -
 
 def draw(path: Path) -> Path | None:
     """Draws the rows of one file beside it, as a PNG; None if none of them may be quoted."""
+    if has_curves(path):
+        return draw_curves(path)
     rows = read(path)
     rows = [row for row in rows if not faults(row, rows)]
     if not rows:
@@ -71,6 +73,35 @@ def draw(path: Path) -> Path | None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name], label=LABELS[name]) for name in names]
     figure.legend(handles=handles, fontsize=8, frameon=False, ncols=4, loc="outside lower center")
     figure.suptitle(rows[-1]["device"])
+    return save(figure, path)
+
+
+def draw_curves(path: Path) -> Path | None:
+    """As `draw`, of the last row in each precision: both losses, and below them how far apart they are."""
+    rows = {row["precision"]: row for row in read(path) if not faults_of_curves(row)}
+    if not rows:
+        return None
+    figure, axes = plt.subplots(2, len(rows), figsize=(6.5 * len(rows), 6), layout="constrained", squeeze=False)
+    for (upper, lower), (precision, row) in zip(axes.T, rows.items(), strict=True):
+        curves = {name: training["losses"] for name, training in row["trainings"].items()}
+        for (name, curve), style in zip(curves.items(), ("-", ":"), strict=True):
+            upper.plot(curve, style, color=COLOURS[name], linewidth=1.2, label=LABELS[name])
+        upper.set_title(f"{precision}: loss of each step")
+        upper.legend(frameon=False)
+        ours, upstream = curves.values()
+        lower.plot([abs(a - b) for a, b in zip(ours, upstream, strict=True)], color="#606060", linewidth=0.8)
+        lower.axhline(LOSS_BOUND, color="#d1495b", linewidth=1, linestyle="--", label="bound of the mean")
+        lower.set_yscale("symlog", linthresh=1e-7)
+        lower.set_title(f"|Δ|, mean {curves_apart(row):.1e}")
+        lower.legend(frameon=False)
+        for panel in (upper, lower):
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(next(iter(row["trainings"].values()))["device"])
+    return save(figure, path)
+
+
+def save(figure, path: Path) -> Path:
+    """Writes `figure` beside the file of rows that it was drawn from."""
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=150, metadata={"Software": None})
     plt.close(figure)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Widths:
@@ -146,6 +148,13 @@ GOALS = (
     Goal("cpu", "dora", "upstream-dora", time=0.60, memory=0.60),
     Goal("70b", "dora-triton", "upstream-dora", time=0.40, less_mib=4500),
 )
+
+# What losses.py trains in (the base's dtype, and autocast's where it is a low one), and how far from upstream's its
+# curve of losses may be, as the mean of |Δ| over the steps. arXiv 2603.22276 reports 7.1e-4 for its kernels.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LOSS_BOUND = 5e-4
+LOSS_STEPS = 500
+LOSS_GAIN = 0.1  # the least part by which the loss must fall, so that a curve of nothing proves nothing
 
 # Attained by plain PyTorch on an H100 SXM: bf16 products of these sizes, and copies within its memory.
 H100_FLOPS = 700e12

@@ -37,9 +37,9 @@ def commit() -> str:
     return head + ("+" if changed else "")
 
 
-def path_of(device: str) -> Path:
-    """The file of a device's rows, such as `results/nvidia-h100-80gb-hbm3.jsonl`."""
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
+def path_of(device: str, prefix: str = "") -> Path:
+    """The file of a device's rows, such as `results/nvidia-h100-80gb-hbm3.jsonl`, its name after `prefix`."""
+    return RESULTS / (prefix + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".jsonl")
 
 
 def append(row: dict, path: Path) -> None:
@@ -67,9 +67,16 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
+CURVES = "losses-"  # what the name of a file of curves (losses.py) begins with
+
+
 def files(paths: list[Path] | None = None) -> list[Path]:
-    """`paths`, or every file of rows that stands in the repository."""
+    """`paths`, or every file of rows that stands in the repository, curves among them."""
     return paths or sorted(RESULTS.glob("*.jsonl"))
+
+
+def has_curves(path: Path) -> bool:
+    return path.name.startswith(CURVES)
 
 
 def latest_runs(rows: list[dict]) -> dict[str, dict[str, dict]]:

@@ -48,22 +48,26 @@ def environment_of(package: str | None) -> dict[str, str]:
     return environment
 
 
-def measure(case: str, implementation: str, peer: str, timeout: float = TIMEOUT_S) -> dict:
-    """One process's row.
+def start(script: str, arguments: list[str], package: str | None, peer: str, timeout: float = TIMEOUT_S) -> dict:
+    """Runs `script` of this folder on `package` (None: on neither) in a process of its own; what it says in one line.
 
     Raises:
-        MeasurementError: if the process fails or prints no row; the end of its error output is in the message.
+        MeasurementError: if the process fails or prints no such line; the end of its error output is in the message.
     """
-    package = IMPLEMENTATIONS[implementation].package
-    command = [peer if package == "upstream" else sys.executable, str(ROOT / "benchmarks" / "measure.py")]
-    command += [case, implementation, "--source", str(SOURCE)]
+    command = [peer if package == "upstream" else sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     done = subprocess.run(
         command, env=environment_of(package), cwd=ROOT, capture_output=True, text=True, timeout=timeout
     )
     for line in done.stdout.splitlines():
         if done.returncode == 0 and line.startswith(MARK):
             return json.loads(line[len(MARK) :])
-    raise MeasurementError(f"{case} {implementation}: exit code {done.returncode}\n{done.stderr[-1000:]}")
+    raise MeasurementError(f"{script} {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-1000:]}")
+
+
+def measure(case: str, implementation: str, peer: str, timeout: float = TIMEOUT_S) -> dict:
+    """The measured part of one process's row; errors as from `start`."""
+    package = IMPLEMENTATIONS[implementation].package
+    return start("measure.py", [case, implementation, "--source", str(SOURCE)], package, peer, timeout)
 
 
 def find_peer() -> str:

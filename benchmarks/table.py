@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from registry import CASES, IMPLEMENTATIONS
-from rows import RESULTS, ROOT, files, latest_runs, read
-from verify import faults
+from rows import RESULTS, ROOT, files, has_curves, latest_runs, read
+from verify import curves_apart, faults, faults_of_curves
 
 BEGIN, END = "<!-- results: begin (benchmarks/table.py) -->", "<!-- results: end -->"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "source" / "methods" / "dora_triton.md"]
@@ -68,10 +68,25 @@ def table_of(path: Path) -> str | None:
     return "\n".join(lines)
 
 
+def sentence_of(path: Path) -> str | None:
+    """What one file's curves say, the last of each precision; None if none of them may be quoted."""
+    rows = {row["precision"]: row for row in read(path) if not faults_of_curves(row)}
+    if not rows:
+        return None
+    ours, upstream = next(iter(rows.values()))["trainings"].values()
+    steps = min(len(training["losses"]) for row in rows.values() for training in row["trainings"].values())
+    apart = " and ".join(f"{curves_apart(row):.1e} in {precision}" for precision, row in rows.items())
+    return (
+        f"{ours['device']}: over {steps} steps of the example's small model the losses of our DoRA and of upstream's "
+        f"(peft {upstream['versions']['peft']}) differ by {apart} in the mean; curves in `{path.stem}.png`."
+    )
+
+
 def results() -> str:
-    """The tables of every GPU that has rows, or the sentence that says how to get them."""
-    tables = [table_of(path) for path in files() if not path.name.startswith("cpu")]
-    return "\n\n".join(filter(None, tables)) or NOTHING
+    """The tables of every GPU that has rows, or the sentence that says how to get them; then what the curves say."""
+    curves = [sentence_of(path) for path in files() if has_curves(path)]
+    tables = [table_of(path) for path in files() if not has_curves(path) and not path.name.startswith("cpu")]
+    return "\n\n".join(filter(None, [*tables, *curves] if any(tables) else [NOTHING, *curves]))
 
 
 def with_results(page: str, text: str) -> str:

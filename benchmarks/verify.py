@@ -3,8 +3,9 @@
 
     python verify.py [FILE ...] [--goals]
 
-A row is refused if a field is missing or out of order, if its tests were not green on the sources that it measured (on
-a GPU for a row of a GPU), or if its losses are not those of the same method upstream. The exit code is 1 if a row is
+A row of times is refused if a field is missing or out of order, if its tests were not green on the sources that it measured (on
+a GPU for a row of a GPU), or if its losses are not those of the same method upstream; a row of
+curves, if it is not whole, if nothing was learnt, or if ours strays from upstream's. The exit code is 1 if a row is
 refused, and with --goals also if a goal that has rows is missed.
 """
 
@@ -15,8 +16,8 @@ import math
 import sys
 from pathlib import Path
 
-from registry import CASES, GOALS, IMPLEMENTATIONS, Goal
-from rows import files, latest_runs, read
+from registry import CASES, GOALS, IMPLEMENTATIONS, LOSS_BOUND, LOSS_GAIN, LOSS_STEPS, PRECISIONS, Goal
+from rows import files, has_curves, latest_runs, read
 
 FIELDS = {
     "case": str,
@@ -99,6 +100,34 @@ def faults(row: dict, rows: list[dict]) -> list[str]:
     return faults_of_tests(row) + faults_of_losses(row, run)
 
 
+def curves_apart(row: dict) -> float:
+    """The mean over the steps of |Δ| between the two losses of one row of curves."""
+    ours, upstream = (training["losses"] for training in row["trainings"].values())
+    return sum(abs(a - b) for a, b in zip(ours, upstream, strict=True)) / len(ours)
+
+
+def faults_of_curves(row: dict) -> list[str]:
+    """Why a row of `losses.py` may not be quoted; empty if it may."""
+    for name in ("run", "commit", "source", "implementation"):
+        if not isinstance(row.get(name), str):
+            return [f"{name} is {row.get(name)!r}, not str"]
+    if row.get("precision") not in PRECISIONS:
+        return [f"precision {row.get('precision')!r} is none of {', '.join(PRECISIONS)}"]
+    trainings = row.get("trainings")
+    wanted = {row["implementation"], COUNTERPART.get(row["implementation"])}
+    if not isinstance(trainings, dict) or set(trainings) != wanted:
+        return [f"it has not the trainings of {row['implementation']} and upstream alone"]
+    curves = [training["losses"] for training in trainings.values()]
+    if len({len(curve) for curve in curves}) != 1 or len(curves[0]) < LOSS_STEPS:
+        return [f"its curves differ in length, or have less than {LOSS_STEPS} steps"]
+    if not all(map(math.isfinite, curves[0] + curves[1])):
+        return ["a loss is not finite"]
+    if any(sum(curve[-50:]) > (1 - LOSS_GAIN) * sum(curve[:50]) for curve in curves):
+        return [f"a loss fell by less than {LOSS_GAIN:.0%}: nothing was learnt"]
+    apart = curves_apart(row)
+    return [] if apart <= LOSS_BOUND else [f"mean |Δ| of the losses is {apart:.2e}, more than {LOSS_BOUND:.0e}"]
+
+
 def check_goal(goal: Goal, run: dict[str, dict]) -> tuple[bool, str] | None:
     """`(met, what was found)` for one case's rows, or None where a row that the goal speaks of is not there."""
     ours = run.get(goal.implementation)
@@ -130,15 +159,20 @@ def main() -> int:
         rows = read(path)
         good = []
         for number, row in enumerate(rows, 1):
-            found = faults(row, rows)
+            found = faults_of_curves(row) if has_curves(path) else faults(row, rows)
             if found:
                 refused += 1
-                print(
-                    f"REFUSED {path.name}:{number} {row.get('case')} {row.get('implementation')}: {'; '.join(found)}"
-                )
+                what = row.get("precision" if has_curves(path) else "case")
+                print(f"REFUSED {path.name}:{number} {what} {row.get('implementation')}: {'; '.join(found)}")
             else:
                 good.append(row)
         accepted += len(good)
+        if has_curves(path):
+            for row in good:
+                print(
+                    f"met    {path.stem} {row['precision']}: mean |Δ| {curves_apart(row):.1e}, bound {LOSS_BOUND:.0e}"
+                )
+            continue
         runs = latest_runs(good)
         for goal in GOALS:
             answer = check_goal(goal, runs.get(goal.case, {}))

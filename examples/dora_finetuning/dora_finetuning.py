@@ -10,7 +10,6 @@ quantised to NF4 and learns C++ from the headers that ship with torch. For a mod
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from make_base import find_base
+from texts import cpp_headers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -70,20 +70,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def cpp_headers() -> DatasetDict:
-    """The hand-written C++ headers that ship with torch; one file in eight is held out, chosen by a hash of its path."""
-    root = Path(torch.__file__).parent / "include"
-    paths = sorted([*root.glob("c10/**/*.h"), *root.glob("torch/csrc/**/*.h")])
-    if len(paths) < 100:
-        raise FileNotFoundError(f"this torch ships no C++ headers under {root}: name a text with --data")
-    splits = {"train": [], "held_out": []}
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        split = "held_out" if hashlib.sha256(name.encode()).digest()[0] % 8 == 0 else "train"
-        splits[split].append({"text": path.read_text(encoding="utf-8", errors="ignore")})
-    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
-
-
 def load_texts(data: str | None, seed: int) -> DatasetDict:
     """The splits `train` and `held_out`, each with a column `text`.
 
@@ -95,7 +81,7 @@ def load_texts(data: str | None, seed: int) -> DatasetDict:
         ValueError: if `data` has no column `text`.
     """
     if data is None:
-        return cpp_headers()
+        return DatasetDict({split: Dataset.from_dict({"text": texts}) for split, texts in cpp_headers().items()})
     kind = {".txt": "text", ".json": "json", ".jsonl": "json"}.get(Path(data).suffix)
     loaded = load_dataset(kind, data_files=data) if kind else load_dataset(data)
     held_out = next((loaded[name] for name in ("validation", "test") if name in loaded), None)

@@ -13,15 +13,13 @@ import argparse
 import hashlib
 import json
 import os
-import pydoc_data.topics
-import random
 import shutil
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from texts import english_and_python, rows_of_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -54,42 +52,6 @@ def base_folder() -> Path:
     """Where the base model of this recipe lies, or would."""
     recipe = json.dumps({**RECIPE, "torch": torch.__version__}, sort_keys=True)
     return cache_folder() / f"small-llama-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-
-
-def english_and_python() -> list[str]:
-    """CPython's own documents: the help topics (English) and the standard library's modules (Python), in a set order.
-
-    Returns:
-        `list[str]`: whole documents, shuffled by the recipe's seed, of `RECIPE["characters"]` characters in all.
-
-    Raises:
-        RuntimeError: if this interpreter ships without the sources of its standard library.
-    """
-    english = list(pydoc_data.topics.topics.values())
-    python = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if path.parts[-2] in ("encodings", "pydoc_data") or {"site-packages", "dist-packages"} & set(path.parts):
-            continue
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        if 500 < len(text) < 100_000:
-            python.append(text)
-    if sum(map(len, python)) < 2_000_000:
-        raise RuntimeError(
-            f"no sources of the standard library under {sysconfig.get_paths()['stdlib']}: install them, or hand a "
-            "model over with --model"
-        )
-    rng = random.Random(RECIPE["seed"])
-    rng.shuffle(python)
-    room = RECIPE["characters"] - sum(map(len, english))
-    kept = []
-    for text in python:
-        if room <= 0:
-            break
-        kept.append(text)
-        room -= len(text)
-    documents = english + kept
-    rng.shuffle(documents)
-    return documents
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -128,17 +90,15 @@ def train_model(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Lla
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM(config).to(device)
 
-    ids = [token for text in documents for token in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
-    rows = len(ids) // RECIPE["seq_len"]
-    rows_of_ids = torch.tensor(ids[: rows * RECIPE["seq_len"]]).view(rows, RECIPE["seq_len"])
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(RECIPE["seed"]))
+    rows = rows_of_tokens(documents, tokenizer, RECIPE["seq_len"])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(RECIPE["seed"]))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["lr"], RECIPE["steps"], pct_start=0.1)
     bar = tqdm(range(RECIPE["steps"]), desc="training the base", unit="step")
     for step in bar:
-        rows_now = order[torch.arange(step * RECIPE["batch_size"], (step + 1) * RECIPE["batch_size"]) % rows]
-        batch = rows_of_ids[rows_now].to(device)
+        now = torch.arange(step * RECIPE["batch_size"], (step + 1) * RECIPE["batch_size"]) % len(rows)
+        batch = rows[order[now]].to(device)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -158,7 +118,7 @@ def make_base(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        documents = english_and_python()
+        documents = english_and_python(RECIPE["characters"], RECIPE["seed"])
         tokenizer = train_tokenizer(documents)
         model = train_model(tokenizer, documents)
         model.save_pretrained(scratch)

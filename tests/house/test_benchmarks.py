@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def bench(monkeypatch):
     """A function that imports a module of the benchmarks by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("registry", "rows", "verify", "run", "table", "plot", "measure")
+    names = ("registry", "rows", "verify", "run", "table", "plot", "measure", "losses")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
@@ -86,6 +86,76 @@ def test_a_row_that_trained_otherwise_than_upstream_is_refused(bench, row):
     assert "differ from upstream-dora" in "; ".join(bench("verify").faults(astray, [astray, upstream]))
     elsewhere = {**upstream, "run": "2026-01-02T00:00:00Z", "losses": [1.0, 1.0]}
     assert bench("verify").faults(row, [row, elsewhere]) == []
+
+
+@pytest.fixture
+def curves():
+    falling = [7.0 - i / 250 for i in range(500)]
+    training = {"losses": falling, "seconds": 9.0, "device": "Some GPU", "versions": {"torch": "2", "peft": "0.21.2"}}
+    return {
+        "run": "2026-01-01T00:00:00Z",
+        "commit": "0123456789ab",
+        "source": "feedfacefeedface",
+        "precision": "bf16",
+        "implementation": "dora-triton",
+        "trainings": {"dora-triton": training, "upstream-dora": {**training, "losses": [x + 1e-4 for x in falling]}},
+    }
+
+
+def test_sound_curves_are_quoted_and_drawn(bench, curves, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "losses-some-gpu.jsonl"
+    bench("rows").append(curves, path)
+    assert bench("verify").faults_of_curves(curves) == []
+    assert "over 500 steps" in bench("table").sentence_of(path) and "1.0e-04 in bf16" in bench("table").sentence_of(
+        path
+    )
+    assert bench("plot").draw(path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda losses: [x + 6e-4 for x in losses], "more than 5e-04"),
+        (lambda losses: [*losses, 1.0], "differ in length"),
+        (lambda losses: [*losses[1:], float("nan")], "not finite"),
+        (lambda losses: [7.0] * 500, "nothing was learnt"),
+    ],
+)
+def test_curves_that_may_not_be_quoted_are_refused(bench, curves, change, fault, tmp_path):
+    upstream = curves["trainings"]["upstream-dora"]
+    upstream["losses"] = change(curves["trainings"]["dora-triton"]["losses"])
+    assert fault in "; ".join(bench("verify").faults_of_curves(curves))
+    path = tmp_path / "losses-some-gpu.jsonl"
+    bench("rows").append(curves, path)
+    assert bench("table").sentence_of(path) is None
+
+
+def test_curves_of_one_training_are_refused(bench, curves):
+    del curves["trainings"]["upstream-dora"]
+    assert "trainings of dora-triton" in "; ".join(bench("verify").faults_of_curves(curves))
+    assert "precision 'fp4'" in "; ".join(bench("verify").faults_of_curves({**curves, "precision": "fp4"}))
+
+
+@pytest.mark.parametrize("doctored", [{}, {"p50_ms": 1.0}, {"tests": None}])
+def test_verify_exits_with_an_error_for_a_refused_row(bench, row, monkeypatch, tmp_path, capsys, doctored):
+    path = tmp_path / "some-gpu.jsonl"
+    bench("rows").append({**row, **doctored}, path)
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(path)])
+    assert bench("verify").main() == bool(doctored)
+    assert ("REFUSED some-gpu.jsonl:1 c1 dora-triton" in capsys.readouterr().out) == bool(doctored)
+
+
+def test_nothing_is_measured_where_the_tests_are_not_green(bench, monkeypatch, tmp_path, capsys):
+    """run.py --verify runs them for real, and stops."""
+    run = bench("run")
+    failing = tmp_path / "test_fails.py"
+    failing.write_text("def test_no():\n    assert False\n", encoding="utf-8")
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--verify", "--tests", str(failing), "--output", str(output)])
+    monkeypatch.setattr(run, "measure", lambda *arguments: pytest.fail("measured"))
+    assert run.main() == 1 and not output.exists()
+    assert "not measured: the tests are not green (1 failed)" in capsys.readouterr().err
 
 
 def test_goals_are_judged_within_a_run(bench, row):
