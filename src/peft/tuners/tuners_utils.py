@@ -30,12 +30,17 @@ def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module)
     return next((name for name, module in model.named_modules() if module is reference_module), "")
 
 
+class BasePromptEncoder(nn.Module):
+    """What makes the virtual tokens of a prompt-learning method; its `forward` gives them `[batch, tokens, features]`."""
+
+
 # The path that other packages know these by.
 for _public in (BaseTuner, BaseTunerLayer):
     _public.__module__ = __name__
 
 __all__ = [
     "AdapterLayer",
+    "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",
     "_ExcludedModule",

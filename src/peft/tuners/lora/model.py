@@ -26,6 +26,7 @@ from peft.utils.seams import public
 from . import aqlm, awq, bnb, eetq, gptq, hqq, inc, layer, te, tied, torchao, tp_layer, weighted
 from .config import LoraConfig
 from .parameters import find_parameters, inject_parameters
+from .split_factors import add_lora_tp_hooks_dtensor, get_tp_plan_and_mesh
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .variants.kasa import kasa_loss
 
@@ -276,3 +277,6 @@ def _dispatch_custom(target: Module, adapter_name: str, config: LoraConfig, **kw
         if isinstance(base, module_class):
             return layer_class(target, adapter_name, config=config, **kwargs)
     return None
+
+
+__all__ = ["LoraModel", "add_lora_tp_hooks_dtensor", "get_tp_plan_and_mesh"]

@@ -16,7 +16,7 @@ from peft.utils.other import transpose
 from .attention import MultiheadAttention
 from .base import VARIANT_KWARG_KEYS, LoraLayer
 from .conv import Conv1d, Conv2d, Conv3d, _ConvNd
-from .embedding import Embedding
+from .embedding import Embedding, LoraEmbeddingATPHolder
 from .linear import Linear, LoraLinearBase
 from .param import ParamWrapper, _LoraParameterProxy
 from .variant import LoraVariant
@@ -67,6 +67,7 @@ for _cls in (
     Conv3d,
     Embedding,
     Linear,
+    LoraEmbeddingATPHolder,
     LoraLayer,
     LoraVariant,
     MultiheadAttention,
@@ -83,6 +84,7 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "Linear",
+    "LoraEmbeddingATPHolder",
     "LoraLayer",
     "LoraLinearBase",
     "LoraVariant",

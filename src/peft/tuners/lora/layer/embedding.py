@@ -114,3 +114,16 @@ class Embedding(LoraLayer, nn.Module):
             input, weight, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
         )
         return rows if output_fn is None else output_fn(rows)
+
+
+class LoraEmbeddingATPHolder(nn.Embedding):
+    """An adapter's A `[r, num_embeddings]` as the embedding `[num_embeddings, r]` that it is, to be cut by tokens.
+
+    Args:
+        lora_embedding_A_weight: A; its storage is shared, not its gradient.
+    """
+
+    def __init__(self, lora_embedding_A_weight: nn.Parameter) -> None:
+        table = lora_embedding_A_weight.detach().t()
+        super().__init__(*table.shape, _weight=table)
+        self.weight.requires_grad_(lora_embedding_A_weight.requires_grad)
