@@ -236,13 +236,19 @@ def modules_to_save_after_rounds(rounds: int = 3) -> list[str]:
 
 
 @recipe
-def accepts(**options: Any) -> str:
-    """The type of the error that a config raises; empty if none."""
+def refusal(further: bool = False, **options: Any) -> dict[str, Any]:
+    """The error that making an adapter raises, empty if none, and whether the model is then as it was."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+    config = peft.LoraConfig(target_modules=["0", "1"], **options)
+    held = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"])) if further else model
+    before = [(name, parameter.requires_grad) for name, parameter in held.named_parameters()]
+    error = ""
     try:
-        peft.LoraConfig(**options)
-    except (TypeError, ValueError) as error:
-        return type(error).__name__
-    return ""
+        held.add_adapter("other", config) if further else peft.get_peft_model(held, config)
+    except (TypeError, ValueError, NotImplementedError) as raised:
+        error = type(raised).__name__
+    after = [(name, parameter.requires_grad) for name, parameter in held.named_parameters()]
+    return {"error": error, "as before": after == before}
 
 
 @recipe

@@ -267,6 +267,14 @@ VARIANTS: dict[str, Option] = {
     "alora": Option("llama", {"alora_invocation_tokens": [9, 1]}, merges=False),
     "alora-absent": Option("llama", {"alora_invocation_tokens": [17]}, merges=False),
 }  # fmt: skip
+REFUSED: dict[str, Option] = {
+    f"refused-{name}-{value}": _two("two", {"refused": error}, **{name: value})
+    for name, value, error in (
+        ("r", 0, "ValueError"), ("r", -1, "ValueError"), ("r", 2.5, "TypeError"), ("lora_dropout", 2.0, "ValueError"),
+        ("lora_dropout", "much", "TypeError"), ("bias", "some", "NotImplementedError"),
+        ("init_lora_weights", "pisa", "ValueError"), ("init_lora_weights", "pissa_niter_x", "ValueError"),
+    )
+}  # fmt: skip
 # Its merges go into weights that several layers share.
 _SHARED: dict[str, Any] = {"wrong": ("merged", "unmerged", "unloaded")}
 # Its tied factors are parameters of their own in one memory, counted and stepped twice, and merged twice.
@@ -316,4 +324,4 @@ TARGETS: dict[str, Option] = {
     "attention": Option("attention", {"target_modules": ["attention"]}, **_TWICE),
     "attention-and-head": Option("attention", {"target_modules": ["attention", "head"], "use_rslora": True}, **_TWICE),
 }  # fmt: skip
-OPTIONS: dict[str, Option] = {**STARTS, **VARIANTS, **TARGETS}
+OPTIONS: dict[str, Option] = {**STARTS, **VARIANTS, **REFUSED, **TARGETS}

@@ -53,6 +53,10 @@ def _is_one(value: float) -> bool:
     return abs(value - 1) <= EXACT
 
 
+def _is_refused(facts: dict[str, Any]) -> bool:
+    return bool(facts["error"]) and facts["as before"]
+
+
 def _merge(layer: str, method: str, raises: str = "") -> Fault:
     return Fault("change_by_merging", _is_small, raises, {"layer": layer, "method": method})
 
@@ -115,8 +119,13 @@ FAULTS = (
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
     Fault("offloaded", _is_true, "AssertionError|RuntimeError"),
     *(
-        Fault("accepts", lambda error: error == "ValueError", arguments=options)
-        for options in ({"r": 0}, {"r": -1}, {"bias": "some"}, {"init_lora_weights": "pisa"}, {"lora_dropout": 1.5})
+        Fault("refusal", _is_refused, arguments=options)
+        for options in (
+            {"lora_dropout": -0.5},
+            {"bias": "some"},
+            {"bias": "some", "further": True},
+            {"rank_pattern": {"1": 0}},
+        )
     ),
 )
 every_fault = pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.id) for fault in FAULTS])

@@ -85,6 +85,10 @@ class LoraModel(BaseTuner):
             convert(config, self.model, conversions)
         return config
 
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        config.check_values()
+
     def _prepare_model(self, peft_config: LoraConfig, model: Module) -> None:
         if peft_config.layer_replication:
             replicate_layers(model, peft_config.layer_replication)

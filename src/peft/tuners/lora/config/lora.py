@@ -1,5 +1,6 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""The config of a LoRA or DoRA adapter, checked when it is built."""
+"""The config of a LoRA or DoRA adapter: its options are checked against each other when it is built, single values when it is
+put to use."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ class LoraConfig(PeftConfig):
         ensure_weight_tying: Keep adapters of tied layers tied.
 
     Raises:
-        ValueError: A value is unknown, or two options exclude one another.
+        ValueError: Two options exclude one another.
         TypeError: `target_parameters` is a string.
     """
 
@@ -144,8 +145,8 @@ class LoraConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if isinstance(self.target_parameters, str):
             raise TypeError(f"target_parameters={self.target_parameters!r} must be a list of names, not a string.")
+        self.r = int(self.r) if _is_integer(self.r) else self.r  # NumPy's are not saved as JSON
         self._read_options()
-        self._check_values()
         self._check_targets()
         self._check_dora()
         self._check_init()
@@ -172,17 +173,26 @@ class LoraConfig(PeftConfig):
                 for option in later & values.keys():
                     setattr(getattr(self, name), option, values[option])
 
-    def _check_values(self) -> None:
-        if not isinstance(self.r, Integral) or self.r <= 0:
-            raise ValueError(f"r={self.r!r} must be a positive integer: it is the rank of the adapter.")
-        self.r = int(self.r)
+    def check_values(self) -> None:
+        """Refuse values that no adapter can be made with; it is called when one is made, before the model is changed.
+
+        Raises:
+            TypeError: A rank is no integer, or `lora_dropout` no number.
+            ValueError: A rank is not positive, `lora_dropout` no probability, or `init_lora_weights` unknown.
+            NotImplementedError: `bias` is unknown.
+        """
+        _check_rank("r", self.r)
+        for name, rank in (self.rank_pattern or {}).items():
+            _check_rank(f"rank_pattern[{name!r}]", rank)
         if self.bias not in BIASES:
-            raise ValueError(f"bias={self.bias!r} is unknown: use one of {', '.join(map(repr, BIASES))}.")
-        if not isinstance(self.lora_dropout, Real) or not 0.0 <= self.lora_dropout <= 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} must lie between 0 and 1: it is a probability.")
+            known = ", ".join(map(repr, BIASES))
+            raise NotImplementedError(f"bias={self.bias!r} is unknown: use one of {known}.")
+        number = isinstance(self.lora_dropout, Real)
+        if not number or not 0.0 <= self.lora_dropout <= 1.0:
+            error = f"lora_dropout={self.lora_dropout!r} must lie between 0 and 1: it is a probability."
+            raise ValueError(error) if number else TypeError(error)
         init = self.init_lora_weights
-        known = not isinstance(init, str) or init.lower() in INITS or _PISSA_NITER.fullmatch(init.lower())
-        if not known:
+        if isinstance(init, str) and init.lower() not in INITS and not _PISSA_NITER.fullmatch(init.lower()):
             raise ValueError(
                 f"init_lora_weights={init!r} is unknown: use True, False, 'pissa_niter_N' or one of "
                 f"{', '.join(map(repr, INITS))}."
@@ -240,3 +250,13 @@ class LoraConfig(PeftConfig):
     def _register_custom_module(self, mapping: dict[type[nn.Module], type[Any]]) -> None:
         """Use own LoRA layers: a dict from classes of base layers to the classes that go around them. Not saved."""
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_rank(name: str, rank: Any) -> None:
+    if not _is_integer(rank) or rank <= 0:
+        error = f"{name}={rank!r} must be a positive integer: it is the rank of the adapter."
+        raise ValueError(error) if _is_integer(rank) else TypeError(error)
