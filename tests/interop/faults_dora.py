@@ -54,6 +54,27 @@ def dora_merged(kind: str) -> float:
 
 
 @recipe
+def mixed_rows(kind: str, use_dora: bool = False) -> float:
+    """How far rows of a mixed batch are from the same rows in batches of one adapter."""
+    torch.manual_seed(0)
+    where = {"target_parameters": ["0.up"], "target_modules": []} if kind == "experts" else {"target_modules": ["0"]}
+    config = peft.LoraConfig(r=2, use_dora=use_dora, **where)
+    model = peft.get_peft_model(nn.Sequential(_BODIES[kind]()), config, "a")
+    model.add_adapter("b", config)
+    fill(model)
+    # attention here has the batch second
+    x = torch.randn(5, 2, 8) if kind != "experts" else torch.randn(2, 8)
+    rows = 1 if kind != "experts" else 0
+    with evaluated(model):
+        mixed = model(x, adapter_names=["a", "b"])
+        alone = model(x).select(rows, 0)
+        model.set_adapter("b")
+        other = model(x).select(rows, 1)
+    found = torch.stack([mixed.select(rows, 0) - alone, mixed.select(rows, 1) - other])
+    return (found.abs().max() / mixed.abs().max()).item()
+
+
+@recipe
 def dora_on_activated_tokens() -> float:
     """The largest change that an aLoRA adapter with DoRA makes before its invocation tokens."""
     model, ids = _llama(target_modules=["v_proj"], use_dora=True, alora_invocation_tokens=[3, 4])

@@ -88,6 +88,11 @@ FAULTS = (
         Fault("dora_merged", _is_small, "ValueError", {"kind": kind})
         for kind in ("packed", "separate", "experts", "lora_bias")
     ),
+    *(
+        Fault("mixed_rows", _is_small, error, {"kind": kind, "use_dora": dora})
+        for kind, plain in (("packed", "TypeError"), ("experts", "ValueError"))
+        for dora, error in ((False, plain), (True, "ValueError"))
+    ),
     Fault("dora_on_activated_tokens", _is_small, "ValueError"),
     Fault("tied_merge", _is_small),
     *(Fault("dirichlet_divergence", lambda least: least > -EXACT, arguments={"prior": prior}) for prior in (0.1,)),

@@ -130,8 +130,6 @@ def test_dropout_warns_that_it_does_nothing():
 def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match="pissa"):
         tuned(init_lora_weights="pissa")
-    with pytest.raises(TypeError, match="adapter_names"):
-        tuned()(X, adapter_names=["default"] * 3)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -194,11 +194,6 @@ def test_names_that_match_nothing():
         tuned("experts.up", "nothing")
 
 
-def test_mixed_batches_are_refused():
-    with pytest.raises(ValueError, match="adapter_names"):
-        tuned().eval()(X, adapter_names=["default"] * 5)
-
-
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("modules", [[], ["head"]])
 def test_injected_from_a_state_dict(low_cpu_mem_usage, modules):

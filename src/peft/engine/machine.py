@@ -129,6 +129,10 @@ class AdapterLayer(BaseTunerLayer):
                 f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: give one name a row, "
                 f"{BASE_ADAPTER!r} for rows without an adapter."
             )
+        self._check_unmerged()
+
+    def _check_unmerged(self) -> None:
+        """Refuse rows with adapters of their own while one is in the base weight of all of them."""
         if self.merged:
             raise ValueError(
                 "adapter_names cannot be used while adapters are merged into the base weight: "

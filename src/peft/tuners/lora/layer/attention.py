@@ -140,24 +140,32 @@ class MultiheadAttention(ParameterLayer, nn.Module):
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise TypeError(
-                "adapter_names is not possible with nn.MultiheadAttention: the rows of a batch share its weights. Run one "
-                "batch an adapter."
-            )
+        adapter_names = kwargs.pop("adapter_names", None)
         self._adapter_kwargs(kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(query, *args, **kwargs)
-        with self._activate_lora([] if self.merged else self.active_adapters), self._activate_out_proj():
+        if adapter_names is not None:
+            rows = query if self.batch_first or query.dim() < 3 else query.transpose(0, 1)
+            self._check_forward_args(rows, adapter_names=adapter_names)
+            return self._mixed_batch_forward(query, *args, adapter_names=adapter_names, **kwargs)
+        active = [] if self.merged else self.active_adapters
+        with self._activate_lora(active), self._activate_out_proj(self.out_proj.active_adapters):
             return self.base_layer(query, *args, **kwargs)
 
+    def _run_alone(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        with self._activate_lora([name]), self._activate_out_proj([name]):
+            return self.base_layer(*args, **kwargs)
+
+    def _row_dim(self, position: int) -> int:
+        return 0 if self.batch_first or position else 1  # the attention's weights have the batch first
+
     @contextmanager
-    def _activate_out_proj(self) -> Iterator[None]:
+    def _activate_out_proj(self, active_adapters: list[str]) -> Iterator[None]:
         """Let the attention see the out-projection's weight and bias with its adapters in them."""
         base, out_proj = self.get_base_layer(), self.out_proj
-        names = [name for name in out_proj.active_adapters if out_proj.has_adapter(name)]
+        names = [name for name in active_adapters if out_proj.has_adapter(name)]
         if out_proj.disable_adapters or out_proj.merged or not names:
             yield
             return

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -136,6 +136,48 @@ class ParameterLayer(LoraLayer):
         finally:
             for parameter in shown:
                 object.__delattr__(module, parameter)
+
+    def _run_alone(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's result with one adapter, or with none if there is none of that name."""
+        with self._activate_lora([name]):
+            return self.base_layer(*args, **kwargs)
+
+    def _mixed_batch_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
+        """Rows with adapters of their own: the module runs on the whole batch once for each, as all rows share its
+        parameters, and each row takes its own result. Rows may be flattened with what follows them, as tokens are.
+
+        Raises:
+            ValueError: Adapters are merged, or the result has no rows to choose from.
+        """
+        self._check_unmerged()
+        self._adapter_kwargs(kwargs)
+        results = {name: self._run_alone(name, x, *args, **kwargs) for name in dict.fromkeys(adapter_names)}
+        if not isinstance(next(iter(results.values())), tuple):
+            return self._own_rows(results, adapter_names, self._row_dim(0))
+        parts = [dict(zip(results, part, strict=True)) for part in zip(*results.values(), strict=True)]
+        return tuple(self._own_rows(part, adapter_names, self._row_dim(i)) for i, part in enumerate(parts))
+
+    def _row_dim(self, position: int) -> int:
+        """The dimension of the module's result, or of the entry at `position` in it, that counts rows."""
+        return 0
+
+    def _own_rows(self, results: dict[str, Any], names: list[str], dim: int) -> torch.Tensor | None:
+        """The parts along `dim` of each adapter's result that belong to rows of that adapter."""
+        first = next(iter(results.values()))
+        if first is None:
+            return None
+        if not isinstance(first, torch.Tensor) or first.dim() <= dim or first.shape[dim] % len(names):
+            found = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+            raise ValueError(
+                f"adapter_names has {len(names)} entries, and {type(self.get_base_layer()).__name__} gives {found}, whose "
+                "rows they cannot be matched to: run one batch an adapter."
+            )
+        owners = [name for name in names for _ in range(first.shape[dim] // len(names))]
+        y = first.clone()
+        for name, result in results.items():
+            rows = torch.tensor([i for i, owner in enumerate(owners) if owner == name], device=y.device)
+            y.index_copy_(dim, rows, result.index_select(dim, rows))
+        return y
 
     def _why_not_writable(self) -> str | None:
         return None  # it is a plain parameter that is written, not the weight of a layer
@@ -305,20 +347,26 @@ class ParamWrapper(ParameterLayer, nn.Module):
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "adapter_names is not possible with target_parameters: the rows of a batch share the parameter "
-                f"{self.parameter_name}. Run one batch an adapter."
-            )
+        adapter_names = kwargs.pop("adapter_names", None)
         self._adapter_kwargs(kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.merged:
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        with self._activate_lora([] if self.merged else self.active_adapters):
             return self.base_layer(x, *args, **kwargs)
-        with self._activate_lora(self.active_adapters):
-            return self.base_layer(x, *args, **kwargs)
+
+    def _run_alone(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in every such layer; wrappers of further parameters show theirs at once, not each for rows of its own."""
+        with ExitStack() as stack:
+            module: nn.Module = self
+            while isinstance(module, ParamWrapper):
+                module._check_unmerged()
+                stack.enter_context(module._activate_lora([name]))
+                module = module.base_layer
+            return module(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
