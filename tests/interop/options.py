@@ -299,6 +299,20 @@ TARGETS: dict[str, Option] = {
         "llama-tied", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, **_RENAMED
     ),
     **{
+        f"tied-saved-{saved}-other-adapted{'-tied' * tied}{'-dora' * dora}": Option(
+            "llama-tied",
+            {
+                "target_modules": ["q_proj", target], "modules_to_save": [saved], "ensure_weight_tying": tied,
+                "use_dora": dora,
+            },
+            refused="TypeError" if tied and saved == "embed_tokens" else "",
+            **(_RENAMED if tied else {}),
+        )
+        for saved, target in (("embed_tokens", "lm_head"), ("lm_head", "embed_tokens"))
+        for tied in (False, True)
+        for dora in (False, True)
+    },
+    **{
         f"tied-adapted-{name}{'-dora' * dora}": Option(
             "llama-tied",
             {"target_modules": ["q_proj", name], "ensure_weight_tying": True, "use_dora": dora},

@@ -153,3 +153,18 @@ def test_a_second_adapter_is_tied_too():
 def test_a_setting_without_effect_warns(tied, targets, message):
     with pytest.warns(PeftWarning, match=message):
         tuned(*targets, tied=tied)
+
+
+def test_an_embedding_that_is_trained_whole_with_its_output_layer_gets_no_adapter():
+    with pytest.warns(PeftWarning, match="embed_tokens gets no adapter: modules_to_save trains a layer whole"):
+        model = tuned("embed_tokens", modules_to_save=["lm_head"])
+    assert not any("lora" in name for name, _ in layers(model)[0].named_parameters())
+    assert model.base_model.targeted_module_names == ["model.layers.0.self_attn.q_proj"]
+    embedding, head = layers(model)
+    embedding.weight.data.normal_()
+    assert torch.equal(embedding.weight, head.weight)
+
+
+def test_an_output_layer_cannot_be_adapted_and_follow_an_embedding_that_is_trained_whole():
+    with pytest.raises(TypeError, match="modules_to_save names a module with an adapter already"):
+        tuned("lm_head", modules_to_save=["embed_tokens"])

@@ -16,6 +16,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES, MIN_TARGET_MODULES_FOR_OP
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
+from peft.utils.warning import PeftWarning
 
 from .layer import BaseTunerLayer
 from .targets import _ExcludedModule, find_minimal_target_modules
@@ -60,6 +61,19 @@ def match_modules(tuner: BaseTuner, config: PeftConfig, names: Iterable[str]) ->
     return matches
 
 
+def _leave_out(names: Iterable[str], matches: Matches) -> None:
+    """Exclude targets that the config trains whole without naming them."""
+    for name in names:
+        if name in matches.targeted:
+            matches.targeted.remove(name)
+            matches.excluded.append(name)
+            warnings.warn(
+                f"{name} gets no adapter: modules_to_save trains a layer whole that ensure_weight_tying keeps tied to it.",
+                PeftWarning,
+                stacklevel=5,
+            )
+
+
 def names_in_state_dict(state_dict: dict[str, torch.Tensor], prefix: str) -> set[str]:
     """Names of the modules that a saved adapter has parameters for."""
     marker = f".{prefix}"
@@ -97,6 +111,7 @@ def inject(
     """
     names = list(adaptable_names(model))
     matches = match_modules(tuner, config, names)
+    _leave_out(tuner._trained_whole(config, model), matches)
     chosen = matches.targeted
     if state_dict is not None:
         saved = names_in_state_dict(state_dict, tuner.prefix) - tuner._parameter_owners(config, model)

@@ -125,6 +125,10 @@ class BaseTuner(Module, ABC):
         """Further modules to adapt, since they share a weight with one of `names`; none by default."""
         return []
 
+    def _trained_whole(self, peft_config: PeftConfig, model: Module) -> list[str]:
+        """Modules that are not to be adapted, since they are trained whole though nothing names them; none by default."""
+        return []
+
     def _tie_adapters(self, peft_config: PeftConfig, model: Module, adapter_name: str) -> None:
         """Makes new adapters of layers that share a weight share theirs; nothing by default."""
 

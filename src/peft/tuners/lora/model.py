@@ -104,6 +104,9 @@ class LoraModel(BaseTuner):
     def _tied_to(self, peft_config: LoraConfig, model: Module, names: list[str]) -> list[str]:
         return tied.partners(model, peft_config, self.get_model_config(model), names)
 
+    def _trained_whole(self, peft_config: LoraConfig, model: Module) -> list[str]:
+        return tied.trained_whole(model, peft_config, self.get_model_config(model))
+
     def _tie_adapters(self, peft_config: LoraConfig, model: Module, adapter_name: str) -> None:
         tied.tie_adapters(model, peft_config, self.get_model_config(model), adapter_name)
 

@@ -8,6 +8,7 @@ factors are Bᵀ `[r, dim]` and Aᵀ `[tokens, r]`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +87,13 @@ def partners(model: nn.Module, config: LoraConfig, model_config: dict, names: li
     return []
 
 
+def trained_whole(model: nn.Module, config: LoraConfig, model_config: dict) -> list[str]:
+    """The embedding, where `modules_to_save` names a layer that is to stay tied to it: it is trained whole with that one."""
+    saved = config.modules_to_save or ()
+    group = tied_group(model, model_config) if config.ensure_weight_tying and saved else []
+    return group[:1] if any(_is_named(name, saved) for name in group[1:]) else []
+
+
 def tie_adapters(model: nn.Module, config: LoraConfig, model_config: dict, adapter_name: str) -> None:
     """Let the output layer's adapter use the embedding's factors.
 
@@ -120,7 +128,8 @@ def _group(model: nn.Module, config: LoraConfig, model_config: dict) -> list[str
     if not config.ensure_weight_tying:
         return []
     group = tied_group(model, model_config)
-    wrapped = [*(config.modules_to_save or ())]
-    if any(name == other or name.endswith(f".{other}") for name in group for other in wrapped):
-        return []
-    return group
+    return [] if any(_is_named(name, config.modules_to_save or ()) for name in group) else group
+
+
+def _is_named(name: str, suffixes: Iterable[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
