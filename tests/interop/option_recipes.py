@@ -68,7 +68,7 @@ def _products(layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     """s·BA of each layer, which no choice of signs changes."""
     found = {}
     for key, layer in layers.items():
-        with contextlib.suppress(RuntimeError), torch.no_grad():
+        with contextlib.suppress(AttributeError, RuntimeError), torch.no_grad():
             found[key] = layer.get_delta_weight("default")
     return found
 
@@ -91,7 +91,7 @@ def option_trained(name: str, folder: str) -> dict[str, Any]:
             out["disabled"] = _output(model(x))
     model.save_pretrained(folder)
     if option.merges:
-        with evaluated(model):
+        with evaluated(model), contextlib.suppress(NotImplementedError):
             model.merge_adapter()
             out["merged"] = _output(model(x))
             model.unmerge_adapter()

@@ -13,9 +13,11 @@ from torch import nn
 
 import cases
 import peft
+import quantisers
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 
+_IN_GROUPS = cases.Format("gptq", torch.float32, "gptq", settings={"bits": 4, "group_size": 16})
 _IDS = torch.tensor([[5, 3, 9, 1, 7, 2], [4, 4, 8, 30, 6, 2]])
 
 
@@ -39,6 +41,18 @@ class Two(nn.Module):
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.second(torch.tanh(self.first(x * self.strength)))
+
+
+class TwoInGroups(nn.Module):
+    """A layer that gptqmodel's library holds in 4-bit groups of 16, and a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = quantisers.QUANTISERS["gptq"].build(nn.Linear(64, 128).requires_grad_(False), _IN_GROUPS)
+        self.second = nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
 
 
 class Experts(nn.Module):
@@ -85,6 +99,7 @@ def _embedded() -> nn.Module:
 BASES: dict[str, Callable[[], nn.Module]] = {
     "two": Two,
     "two-nf4": lambda: Two("nf4"),
+    "two-gptq": TwoInGroups,
     "two-conv1d": lambda: nn.Sequential(nn.Linear(64, 10), cases.LAYERS["transformers_conv1d"].build()),
     "convolved": lambda: nn.Sequential(nn.Unflatten(-1, (4, 4, 4)), nn.Conv2d(4, 6, 3)),
     "embedded": _embedded,
@@ -152,6 +167,7 @@ class Option:
         there: Name of the error that upstream alone raises.
         trains_there: Whether upstream's adapter can be trained on a CPU after its start.
         wrong: Parts of the results that upstream gets wrong, each with a test in test_faults.py.
+        merges_there: Whether upstream's adapter can be merged; it can be here.
     """
 
     base: str
@@ -167,10 +183,16 @@ class Option:
     there: str = ""
     trains_there: bool = True
     wrong: tuple[str, ...] = ()
+    merges_there: bool = True
+
+    @property
+    def package(self) -> str | None:
+        """What must be installed besides what the tests need."""
+        return "gptqmodel" if self.base.endswith("gptq") else None
 
     @property
     def quantised(self) -> bool:
-        return self.base.endswith("nf4")
+        return self.base.endswith(("nf4", "gptq"))
 
     def config(self) -> LoraConfig:
         defaults = {"r": 4, "lora_alpha": 6}
@@ -200,6 +222,8 @@ _GA: dict[str, Any] = {"signs": True, "before": _lora_ga, "room": 1e-5, "low_cpu
 _TWICE: dict[str, Any] = {"drawn": True, "wrong": ("y", "grads", "eval", "merged", "unmerged", "unloaded")}
 # Its get_delta_weight of a block-diagonal factor has another shape than the weight, or raises.
 _SHAPELESS: dict[str, Any] = {"wrong": ("products",)}
+# Its layers of GPTQ neither merge nor tell their update.
+_IN_GROUPS_THERE: dict[str, Any] = {"merges_there": False, "wrong": ("products",)}
 # It writes the name of the embedding that the named layer is tied to.
 _RENAMED: dict[str, Any] = {"wrong": ("modules_to_save",)}
 STARTS: dict[str, Option] = {
@@ -264,6 +288,17 @@ VARIANTS: dict[str, Option] = {
         for start in ("batch_average", "batch_average_once", "random")
     },
     "velora-nf4": _two("two-nf4", {"there": "ValueError"}, velora_config=peft.VeloraConfig(num_groups=8)),
+    **{
+        f"qalora-{name}": _two("two-gptq", _IN_GROUPS_THERE, target_modules=["first"], use_qalora=True, **options)
+        for name, options in (
+            ("16", {}), ("32", {"qalora_group_size": 32}), ("dropout", {"qalora_group_size": 8, "lora_dropout": 0.3}),
+        )
+    },
+    "qalora-odd": _two(
+        "two-gptq", {"refused": "ValueError"}, target_modules=["first"], use_qalora=True, qalora_group_size=13
+    ),
+    "gptq": _two("two-gptq", _IN_GROUPS_THERE),
+    "qalora-plain": _two(use_qalora=True),
     "alora": Option("llama", {"alora_invocation_tokens": [9, 1]}, merges=False),
     "alora-absent": Option("llama", {"alora_invocation_tokens": [17]}, merges=False),
 }  # fmt: skip

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,28 @@ from options import OPTIONS, Option
 from peer import Peer, PeerError
 
 pytestmark = pytest.mark.interop
-every_option = pytest.mark.parametrize("name", OPTIONS)
-made_here = pytest.mark.parametrize("name", [name for name, option in OPTIONS.items() if not option.refused])
+
+
+def _names(*, refused: bool) -> list[Any]:
+    """The options as parameters of a test, skipped without the package that they need."""
+    return [
+        pytest.param(
+            name,
+            id=name,
+            marks=[
+                pytest.mark.skipif(
+                    option.package is not None and find_spec(option.package) is None,
+                    reason=f"{option.package} is not installed",
+                )
+            ],
+        )
+        for name, option in OPTIONS.items()
+        if refused or not option.refused
+    ]
+
+
+every_option = pytest.mark.parametrize("name", _names(refused=True))
+made_here = pytest.mark.parametrize("name", _names(refused=False))
 STATES = ("y", "eval", "disabled", "merged", "unmerged", "unloaded")
 
 
@@ -92,6 +113,7 @@ def test_training_merging_saving_loading(name: str, peer: Peer, tmp_path: Path) 
     theirs = there(peer, option, "option_trained", name=name, folder=there_)
     if theirs is None:
         return
+    assert not option.merges or ("merged" in theirs) == option.merges_there
     check_results(ours, theirs, option)
     check_loads(recipes.run, name, there_, theirs, ours, (False,))
     check_loads(peer.run, name, here, ours, theirs, (False,))

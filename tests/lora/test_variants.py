@@ -285,6 +285,9 @@ def test_qalora_adds_the_delta_of_repeated_columns():
     delta = QALoraLinearVariant.get_delta_weight(layer, "default")
     assert layer.lora_A["default"].weight.shape == (2, 2)
     torch.testing.assert_close(y, layer.base_layer(x) + x @ delta.t(), rtol=1e-4, atol=1e-4)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    means = x.unflatten(-1, (2, 4)).mean(-1)
+    torch.testing.assert_close(y, layer.base_layer(x) + layer.scaling["default"] * 2 * (means @ a.t() @ b.t()))
     with pytest.raises(ValueError, match="qalora_group_size=3"):
         QALoraLinearVariant.init(layer, "default", LoraConfig(r=2, use_qalora=True, qalora_group_size=3))
 

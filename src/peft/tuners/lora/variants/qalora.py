@@ -1,5 +1,5 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""QA-LoRA (Xu et al., arXiv 2309.14717): A sees sums over groups of input features, as group-wise quantisers need."""
+"""QA-LoRA (Xu et al., arXiv 2309.14717): A sees means over groups of input features, as group-wise quantisers need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class QALoraLinearVariant(AdditiveVariant):
-    """QA-LoRA on linear layers: A is `[r, in / group]`, its input the sums of `qalora_group_size` neighbours."""
+    """QA-LoRA on linear layers: A is `[r, in / group]`, its input the means of `qalora_group_size` neighbours, times their
+    number `in / group`, so that the branch has the size of plain LoRA's."""
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config: Any, **kwargs: Any) -> None:
@@ -39,13 +40,14 @@ class QALoraLinearVariant(AdditiveVariant):
     def delta(module: LoraLayer, active_adapter: str) -> torch.Tensor:
         a, b = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-        product = b.to(wide) @ a.to(wide) * module.scaling[active_adapter]
-        delta = product.repeat_interleave(module.qalora_group_size[active_adapter], dim=1)
+        size = module.qalora_group_size[active_adapter]
+        product = b.to(wide) @ a.to(wide) * (module.scaling[active_adapter] * a.shape[1] / size)
+        delta = product.repeat_interleave(size, dim=1)
         return delta.t() if module.fan_in_fan_out else delta
 
     @staticmethod
     def get_delta_weight(module: LoraLayer, active_adapter: str) -> torch.Tensor:
-        """`scaling · B A`, each column of A repeated for the features of its group, in the base weight's shape."""
+        """`scaling · B A · in / group²`, each column repeated for the features of its group, in the base weight's shape."""
         return QALoraLinearVariant.delta(module, active_adapter).to(module.lora_B[active_adapter].weight.dtype)
 
     @staticmethod
@@ -54,5 +56,5 @@ class QALoraLinearVariant(AdditiveVariant):
     ) -> torch.Tensor:
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module.lora_dropout[active_adapter](module._cast_input_dtype(x, lora_a.weight.dtype))
-        sums = x.unflatten(-1, (-1, module.qalora_group_size[active_adapter])).sum(-1)
-        return result + lora_b(lora_a(sums)) * module.scaling[active_adapter]
+        means = x.unflatten(-1, (-1, module.qalora_group_size[active_adapter])).mean(-1)
+        return result + lora_b(lora_a(means * means.shape[-1])) * module.scaling[active_adapter]
