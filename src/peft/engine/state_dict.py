@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 IncompatibleKeys = namedtuple("_IncompatibleKeys", ["missing_keys", "unexpected_keys"])
 _BASE = ".base_layer."
+_BY_ADAPTER = ("modules_to_save", "trainable_tokens_delta", "trainable_tokens_original")  # what wrappers hold
 
 
 # ---- out of a model ------------------------------------------------------------------------------------------------
@@ -65,8 +66,19 @@ def adapter_state_dict(
     for name in _embeddings_to_save(model, config, save_embedding_layers):
         for key, value in state_dict.items():
             if key.startswith(f"{name}.") and f".{tuner.prefix}" not in key:
-                found[key] = value
+                saved = _saved_name(key, adapter_name)
+                if saved is not None:
+                    found[saved] = value
     return found
+
+
+def _saved_name(key: str, adapter_name: str) -> str | None:
+    """A key of a wrapped embedding without the adapter's name; None where it is of another adapter."""
+    parts = key.split(".")
+    for i, part in enumerate(parts[:-1], start=1):
+        if part in _BY_ADAPTER:
+            return ".".join(parts[:i] + parts[i + 1 :]) if parts[i] == adapter_name else None
+    return key
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
@@ -291,9 +303,10 @@ def _live_names(
         if adapter_name not in wrapper._get_available_adapters():
             continue
         for in_file, in_memory in wrapper.adapter_state_dict_load_map(adapter_name).items():
-            key = f"{name}.{in_file}"
-            if key in renamed:
-                renamed[f"{name}.{in_memory}"] = renamed.pop(key)
+            # a copy of an embedding may be there twice, see `adapter_state_dict`
+            keys = dict.fromkeys(f"{name}.{key}" for key in (in_file, _saved_name(in_memory, adapter_name)))
+            for value in [renamed.pop(key) for key in keys if key in renamed][:1]:
+                renamed[f"{name}.{in_memory}"] = value
     marker = f".{tuner.prefix}"
     # what comes from memory, or from a file in an old layout, has the adapter's name in it already
     live = {key: value for key, value in renamed.items() if marker in key and key in current}
