@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from options import base_and_input
 from recipes import adapted, evaluated, fill, recipe, row_of
+from safetensors.torch import save_file
 
 import peft
 
@@ -126,3 +129,30 @@ def embedding_by_lorafa() -> bool:
         model(x).square().sum().backward()
         optimizer.step()
     return bool((model.base_model.model[0].get_delta_weight("default") != 0).any())
+
+
+@recipe
+def biases_of_an_old_file() -> float:
+    """How far an adapter with trained biases is from what it was, its file named as releases 0.4 to 0.6 did."""
+    model, x = _of_base("two", target_modules=["first"], bias="lora_only")
+    tensors = {key.replace(".base_layer.", "."): value for key, value in peft.get_peft_model_state_dict(model).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        save_file(tensors, Path(folder, "adapter_model.safetensors"))
+        loaded = peft.PeftModel.from_pretrained(base_and_input("two")[0], folder)
+    with evaluated(model), evaluated(loaded):
+        return (model(x) - loaded(x)).abs().max().item()
+
+
+@recipe
+def experts_from_a_state_dict() -> float:
+    """How far a model is, whose adapters of bare parameters were injected from a saved adapter, from the saved one."""
+    where = {"target_modules": ["last"], "target_parameters": ["experts.up", "experts.down"]}
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **where)
+    base, x = base_and_input("mixture")
+    model = peft.inject_adapter_in_model(config, base)
+    saved = peft.get_peft_model_state_dict(model)
+    other = peft.inject_adapter_in_model(config, base_and_input("mixture")[0], state_dict=saved)
+    peft.set_peft_model_state_dict(other, saved)
+    with evaluated(model), evaluated(other):
+        return (model(x) - other(x)).abs().max().item()
