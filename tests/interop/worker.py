@@ -34,6 +34,7 @@ def main() -> None:
     import option_recipes  # noqa: F401  likewise
     import recipes
     import recipes_family  # noqa: F401
+    import recipes_files  # noqa: F401
     import recipes_xlora  # noqa: F401
     from peer import receive, send
 
