@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from test_ddp_fsdp2 import Collectives, device
+from test_state_dicts import changed
 from tiny import Run, adapted, base_model, batches, compare, mean_over_ranks, own_rows, train, trained
 from torch import nn
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.dora import row_norm
 from peft.weights import find_weight
 from peft.weights.sharded import ShardedWeight
@@ -45,17 +46,31 @@ def base_in_partitions(**shape: Any) -> nn.Module:
     return base
 
 
-def zero(options: dict[str, Any], stage: int, persistent: int = 0, partitioned: bool = False, **shape: Any) -> Run:
+def engine_of(model: nn.Module, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around a model, with plain gradient descent."""
     import deepspeed
+
+    parameters = [parameter for _, parameter in trained(model)]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    return deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)[0]
+
+
+def zero(
+    options: dict[str, Any],
+    stage: int,
+    persistent: int = 0,
+    partitioned: bool = False,
+    state: dict[str, torch.Tensor] | None = None,
+    **shape: Any,
+) -> Run:
+    """What an engine trains; `state` is loaded into its adapter once the engine has everything in its hands."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     base = base_in_partitions(**shape) if partitioned else base_model(device(), **shape)
     model = adapted(base, **options)
-    parameters = [parameter for _, parameter in trained(model)]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=parameters, config=settings(stage, persistent)
-    )
+    engine = engine_of(model, settings(stage, persistent))
+    if state is not None:
+        set_peft_model_state_dict(model, state)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     losses, gradients = [], []
     for batch in batches():
@@ -78,14 +93,8 @@ def zero(options: dict[str, Any], stage: int, persistent: int = 0, partitioned: 
 
 def norms_of_an_engine() -> tuple[dict[str, torch.Tensor], list[int]]:
     """Each layer's norm, taken while everything is in partitions, and the sizes of the collectives behind them."""
-    import deepspeed
-
     model = adapted(base_model(device()))
-    parameters = [parameter for _, parameter in trained(model)]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=parameters, config=settings(3)
-    )
+    engine = engine_of(model, settings(3))
     found = {}
     with Collectives() as seen:
         for name, module in model.named_modules():
@@ -137,14 +146,9 @@ def test_zero3_gathers_no_weight_for_its_norm(two):
 
 def save(folder: str, consolidated: bool) -> None:
     """Save the adapter of an engine: by deepspeed's consolidated state dict, as Trainer does, or by the model alone."""
-    import deepspeed
-
-    model = adapted(base_model(device()))
-    parameters = [parameter for _, parameter in trained(model)]
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
     config = settings(3)
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
+    engine = engine_of(adapted(base_model(device())), config)
     state = engine._zero3_consolidated_16bit_state_dict() if consolidated else None
     first = torch.distributed.get_rank() == 0
     if first or not consolidated:
@@ -162,6 +166,61 @@ def test_what_partitions_hold_is_saved_whole(two, consolidated, tmp_path):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.works_with("DeepSpeed", "adapters loaded into what its engine holds")
+@needs_deepspeed
+@pytest.mark.parametrize(("stage", "persistent"), [(2, 0), (3, 0), (3, 200)])
+def test_an_adapter_loaded_into_an_engine_is_what_trains_on(two, stage, persistent):
+    saved = changed(adapted())
+    state = {name: value.clone() for name, value in get_peft_model_state_dict(saved).items()}
+    truth = train(saved)
+    for run in two.run(zero, {}, stage, persistent, state=state):
+        compare(run, truth)
+
+
+def load_into_partitions(folder: str, what: str) -> torch.Tensor:
+    """The logits of a model that an adapter was loaded into while its parameters were in partitions."""
+    if what == "base":  # before there is an engine
+        model = PeftModel.from_pretrained(base_in_partitions(), folder, is_trainable=True)
+        engine = engine_of(model, settings(3))
+    else:
+        model = adapted(base_model(device()))
+        engine = engine_of(model, settings(3))
+        name = "default" if what == "same" else "second"
+        model.load_adapter(folder, name, low_cpu_mem_usage=what == "second on meta")
+        model.set_adapter(name)
+    with torch.no_grad():
+        found = engine(input_ids=batches()[0].to(device())).logits.cpu()
+    engine.destroy()
+    return found
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("what", ["base", "same", "second", "second on meta"])
+def test_an_adapters_folder_is_loaded_into_partitions(two, what, tmp_path):
+    saved = changed(adapted())
+    saved.save_pretrained(tmp_path)
+    with torch.no_grad():
+        truth = saved(input_ids=batches()[0]).logits
+    for found in two.run(load_into_partitions, str(tmp_path), what):
+        torch.testing.assert_close(found, truth)
+
+
+def refused_load() -> str:
+    model = adapted(base_model(device()))
+    engine = engine_of(model, settings(3))
+    state = {name: value[:1] for name, value in get_peft_model_state_dict(adapted()).items()}
+    with pytest.raises(RuntimeError, match="Shapes of the saved adapter differ") as caught:
+        set_peft_model_state_dict(model, state)
+    engine.destroy()
+    return str(caught.value)
+
+
+@needs_deepspeed
+def test_shapes_are_compared_with_those_of_the_whole(two):
+    for message in two.run(refused_load):
+        assert "lora_A.default.weight: saved [1, 32], here [4, 32]" in message
 
 
 class Status(enum.Enum):

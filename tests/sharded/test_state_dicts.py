@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:torch.distributed is disabled")
 ADAPTER_ONLY = StateDictOptions(ignore_frozen_params=True)
@@ -105,13 +106,22 @@ def load_fsdp2(folder: str, units: str, when: str) -> torch.Tensor:
     """The logits of a model that reads a saved adapter before it is sharded, or into its shards."""
     if when == "before":
         return logits(sharded(PeftModel.from_pretrained(base_model(device()), folder, is_trainable=True), units))
-    from peft.utils.save_and_load import load_peft_weights
-
     model = blank(sharded(adapted(base_model(device())), units))
     result = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
     assert not result.missing_keys and not result.unexpected_keys
     assert all(hasattr(parameter, "placements") for _, parameter in trained(model))
     return logits(model)
+
+
+def load_fsdp1(folder: str, use_orig_params: bool) -> torch.Tensor:
+    """The logits of a model of flat parameters that a saved adapter was read into."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    outer = wrapped(blank(adapted(base_model(str(device())))), use_orig_params, "policy")
+    with FSDP.summon_full_params(outer):
+        result = set_peft_model_state_dict(outer.module, load_peft_weights(folder, device="cpu"))
+    assert not result.missing_keys and not result.unexpected_keys
+    return logits(outer)
 
 
 def load_second(folder: str) -> torch.Tensor:
@@ -129,6 +139,14 @@ def test_what_one_process_saves_four_ranks_load(four, units, when, tmp_path):
     truth = changed(adapted())
     truth.save_pretrained(tmp_path)
     for found in four.run(load_fsdp2, str(tmp_path), units, when):
+        torch.testing.assert_close(found, logits(truth))
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_an_adapter_is_loaded_into_flat_parameters(two, use_orig_params, tmp_path):
+    truth = changed(adapted())
+    truth.save_pretrained(tmp_path)
+    for found in two.run(load_fsdp1, str(tmp_path), use_orig_params):
         torch.testing.assert_close(found, logits(truth))
 
 

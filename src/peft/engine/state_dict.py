@@ -17,6 +17,7 @@ from torch import nn
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, check_file_exists_on_hf_hub
 from peft.utils.warning import PeftWarning
+from peft.weights import filling, shape_of
 
 from .biases import adapted_layers, name_alone, trained_biases
 from .devices import move_slot_to_base_layer
@@ -228,7 +229,7 @@ def load_adapter_state_dict(
     for key, value in saved.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{key} of the saved adapter is a {type(value).__name__}, expected a tensor.")
-    current = model.state_dict()
+    current = model.state_dict(keep_vars=True)  # what DeepSpeed says of a parameter it says on the parameter
     live = _live_names(model, tuner, config, adapter_name, saved, current)
     for key, ranks, rank in _spare_room(model, adapter_name):
         fits = key in live and live[key].dim() == current[key].dim()
@@ -244,12 +245,15 @@ def load_adapter_state_dict(
     check_dtypes(live, current)
     for key in mismatched:
         warnings.warn(
-            f"{key} has shape {list(live[key].shape)} in the file and {list(current[key].shape)} here: left out.",
+            f"{key} has shape {list(live[key].shape)} in the file and {list(shape_of(current[key]))} here: left out.",
             PeftWarning,
             stacklevel=3,
         )
         del live[key]
-    result = model.load_state_dict(live, strict=False, assign=low_cpu_mem_usage)
+    places = [current[key] for key in live if key in current]
+    with filling(places):
+        assign = low_cpu_mem_usage and not any(hasattr(place, "ds_id") for place in places)
+        result = model.load_state_dict(live, strict=False, assign=assign)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             if low_cpu_mem_usage and adapter_name in module._get_available_adapters():
@@ -261,12 +265,12 @@ def load_adapter_state_dict(
 
 def mismatched_shapes(live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> list[str]:
     """Names of the tensors that have another shape in `current`."""
-    return [key for key, value in live.items() if key in current and current[key].shape != value.shape]
+    return [key for key, value in live.items() if key in current and shape_of(current[key]) != value.shape]
 
 
 def compared_shapes(keys: list[str], live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> str:
     """One line a tensor with its saved shape and the one here, for an error message."""
-    return "\n".join(f"  {key}: saved {list(live[key].shape)}, here {list(current[key].shape)}" for key in keys)
+    return "\n".join(f"  {key}: saved {list(live[key].shape)}, here {list(shape_of(current[key]))}" for key in keys)
 
 
 def check_dtypes(live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> None:

@@ -69,7 +69,11 @@ def gather_params_ctx(
         modifier_rank: The rank whose changes the others get when the context closes; None when nothing is changed.
         fwd_module: The module in whose forward this runs, so that DeepSpeed registers the parameters there.
     """
-    if check_deepspeed_zero3_enabled():
+    if not isinstance(param, torch.Tensor):
+        param = list(param)
+    given = [param] if isinstance(param, torch.Tensor) else param
+    # A model that deepspeed.zero.Init made is partitioned without transformers knowing of it.
+    if check_deepspeed_zero3_enabled() or any(hasattr(each, "ds_id") for each in given):
         import deepspeed
 
         whole = deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module)

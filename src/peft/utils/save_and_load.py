@@ -18,6 +18,7 @@ from torch import nn
 
 from peft.engine import state_dict as _engine
 from peft.engine.targets import is_transformers_model
+from peft.weights import filling
 
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import infer_device
@@ -282,7 +283,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
         raise RuntimeError(
             f"The state dict is not this base model's. Missing: {missing or 'none'}. Unknown: {unexpected or 'none'}."
         )
-    current = model.state_dict()
+    current = model.state_dict(keep_vars=True)
     placed = {live[name]: value for name, value in state_dict.items() if name in live}
     mismatched = _engine.mismatched_shapes(placed, current)
     if mismatched:
@@ -291,7 +292,8 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
             "Load the state dict into the model that it was taken from."
         )
     _engine.check_dtypes(placed, current)
-    model.load_state_dict(placed, strict=False)
+    with filling(current[key] for key in placed):
+        model.load_state_dict(placed, strict=False)
     return _engine.IncompatibleKeys(missing, unexpected)
 
 

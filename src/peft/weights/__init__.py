@@ -5,11 +5,12 @@ that reads, writes and keeps the layer's weight as a logical matrix [out, in], h
 from .base import BaseWeight, Packed, is_hooked
 from .find import find_weight, is_a
 from .offloaded import present
-from .sharded import gathered, innermost, is_partitioned, remembering, shards_of, whole
+from .sharded import filling, gathered, innermost, is_partitioned, remembering, shape_of, shards_of, whole
 
 __all__ = [
     "BaseWeight",
     "Packed",
+    "filling",
     "find_weight",
     "gathered",
     "innermost",
@@ -18,6 +19,7 @@ __all__ = [
     "is_partitioned",
     "present",
     "remembering",
+    "shape_of",
     "shards_of",
     "whole",
 ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -151,13 +151,22 @@ def _shards_of_flat(flat: Any, name: str, group: Any) -> Shards | None:
 
 
 def _shards_of_partition(parameter: Any) -> Shards | None:
-    if parameter.ds_status.name == "AVAILABLE" and parameter.numel() == math.prod(parameter.ds_shape):
+    if _is_available(parameter):
         return None
+    local, start = _run_of_partition(parameter)
+    return Shards(_two_dims(parameter.ds_shape), local, start, (getattr(parameter, "ds_process_group", None),))
+
+
+def _is_available(parameter: Any) -> bool:
+    return parameter.ds_status.name == "AVAILABLE" and parameter.numel() == math.prod(parameter.ds_shape)
+
+
+def _run_of_partition(parameter: Any) -> tuple[torch.Tensor, int]:
+    """This process's entries of a partitioned parameter, without what fills them up, and where they begin."""
     held = parameter.ds_tensor
-    group = getattr(parameter, "ds_process_group", None)
-    start = min(torch.distributed.get_rank(group) * held.numel(), parameter.ds_numel)
-    local = held.detach().view(-1)[: min(held.numel(), parameter.ds_numel - start)]
-    return Shards(_two_dims(parameter.ds_shape), local, start, (group,))
+    rank = torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
+    start = min(rank * held.numel(), parameter.ds_numel)
+    return held.detach().view(-1)[: min(held.numel(), parameter.ds_numel - start)], start
 
 
 def _shards_of_dtensor(parameter: Any) -> Shards:
@@ -235,8 +244,7 @@ def _whole_shape(module: nn.Module, name: str) -> torch.Size:
         return next(
             shape for shape, info in zip(flat._shapes, flat._param_infos, strict=True) if info.param_name == name
         )
-    parameter = held_parameter(innermost(module), name)
-    return getattr(parameter, "ds_shape", parameter.shape)
+    return shape_of(held_parameter(innermost(module), name))
 
 
 def gathered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -258,6 +266,46 @@ def _gathered(value: torch.Tensor) -> torch.Tensor:
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 holds parameters of the model."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def shape_of(tensor: torch.Tensor) -> torch.Size:
+    """A parameter's shape; where ZeRO-3 holds it, that of the whole."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+@contextlib.contextmanager
+def filling(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """While it is open, what ZeRO-3 holds of the parameters is whole and may be written to, alike in all processes.
+
+    When it closes every process keeps its share of what stands there then, also where DeepSpeed's optimizer, of
+    whatever stage, has copies in float32: its next step starts from these.
+    """
+    parameters = list(parameters)
+    held = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    here = [parameter for parameter in held if _is_available(parameter)]
+    away = [parameter for parameter in held if not _is_available(parameter)]
+    with contextlib.ExitStack() as stack:
+        if away:
+            import deepspeed
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(away, modifier_rank=0))
+        yield
+        for parameter in here:
+            local, start = _run_of_partition(parameter)
+            local.copy_(parameter.detach().flatten()[start : start + local.numel()])
+        for parameter in parameters:
+            _renew_master(parameter)
+
+
+def _renew_master(parameter: torch.Tensor) -> None:
+    """Copy a parameter that is whole into what DeepSpeed's optimizer steps from, if it has that."""
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    if optimizer is not None and parameter.requires_grad:
+        local, start = _run_of_partition(parameter)
+        own = parameter.detach().flatten()[start : start + local.numel()]
+        optimizer.set_local_hp_param(nn.functional.pad(own, (0, parameter.ds_tensor.numel() - own.numel())), parameter)
+    elif getattr(parameter, "_hp_mapping", None) is not None:
+        parameter.set_full_hp_param(parameter.detach())
 
 
 # ---- the weight ----------------------------------------------------------------------------------------------------
