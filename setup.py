@@ -35,8 +35,11 @@ EXAMPLES = ["datasets>=4.0", "tokenizers", *BNB]
 PLOTS = ["matplotlib"]
 # Other people's loops. None of them asks for an adapter library, so none brings another `peft`.
 LOOPS = ["trl>=1.16.0", "sentence-transformers>=6.2.0", "diffusers>=0.42.0"]
+# Its source distribution compiles nothing when it is installed, and needs no torch for that.
+SHARDING = ["deepspeed>=0.19.8; platform_system == 'Linux'"]
 TEST = [
-    "pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized", *EXAMPLES, *PLOTS, *TRITON, *FORMATS, *LOOPS
+    "pytest>=8.0", "pytest-timeout", "pytest-xdist", "parameterized",
+    *EXAMPLES, *PLOTS, *TRITON, *FORMATS, *LOOPS, *SHARDING,
 ]  # fmt: skip
 
 setup(

@@ -27,7 +27,7 @@ def plan(device="cuda", dtype=torch.float32, want_triton=True, kind="linear"):
 def test_a_gpu_runs_the_kernels():
     assert plan() == Route("triton", "kernels on cuda")
     assert plan(dtype=torch.float16, kind="conv").path == "triton"
-    assert plan(device="xpu", kind="embedding").path == "triton"
+    assert plan(kind="embedding").path == "triton"
 
 
 def test_without_the_option_pytorch_runs_and_nothing_is_said():
@@ -37,8 +37,9 @@ def test_without_the_option_pytorch_runs_and_nothing_is_said():
 
 
 OBSTACLES = {
-    "the kernels need a GPU, the layer is on cpu": {"device": "cpu"},
-    "the kernels need a GPU, the layer is on mps": {"device": "mps"},
+    "the kernels need a GPU of CUDA or ROCm, the layer is on cpu": {"device": "cpu"},
+    "the kernels need a GPU of CUDA or ROCm, the layer is on mps": {"device": "mps"},
+    "the kernels need a GPU of CUDA or ROCm, the layer is on xpu": {"device": "xpu"},
     "the kernels compute in float32, float16 and bfloat16, not in float64": {"dtype": torch.float64},
     "there are no kernels for a layer of kind 'attention'": {"kind": "attention"},
 }

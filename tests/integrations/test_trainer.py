@@ -42,6 +42,29 @@ def test_bf16_is_close_to_fp32(tmp_path, quantised):
     assert rounded == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.works_with("torch", "float16 autocast with a loss scaler")
+@QUANTISED
+def test_float16_autocast_with_a_loss_scaler(quantised):
+    """What `fp16=True` does on a GPU; on a CPU accelerate leaves it out."""
+    gradients = []
+    for low in (False, True):
+        model = adapted(quantised, init_lora_weights=False).train()
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        scaler = torch.amp.GradScaler("cpu", enabled=low, init_scale=16.0)
+        with torch.autocast("cpu", torch.float16, enabled=low):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        before = trained_state(model)
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(not torch.equal(value, before[name]) for name, value in trained_state(model).items())
+    for name, exact in gradients[0].items():
+        error = (gradients[1][name] - exact).norm() / exact.norm()
+        assert 0 < error < 0.02, f"{name}: {error:.1e}"
+
+
 @pytest.mark.works_with("transformers", "`fp16=True`")
 @pytest.mark.gpu
 @QUANTISED

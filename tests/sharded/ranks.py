@@ -8,6 +8,7 @@ import os
 import queue
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -48,20 +49,29 @@ class Ranks:
         for inbox in self._inboxes:
             inbox.put((*where, args, kwargs))
         answers: dict[int, Any] = {}
+        end = time.monotonic() + TIMEOUT_S
         try:
             while len(answers) < self.world:
-                rank, error, value = self._outbox.get(timeout=TIMEOUT_S)
+                rank, error, value = self._answer(where[1], set(range(self.world)) - set(answers), end)
                 if error is not None:
                     raise RankError(f"rank {rank} of {self.world}: {where[1]} failed\n{error}")
                 answers[rank] = value
-        except queue.Empty:
-            missing = sorted(set(range(self.world)) - set(answers))
-            self.close()
-            raise RankError(f"{where[1]}: no answer from ranks {missing} within {TIMEOUT_S} s") from None
         except RankError:
             self.close()
             raise
         return [answers[rank] for rank in range(self.world)]
+
+    def _answer(self, job: str, missing: set[int], end: float) -> tuple[int, str | None, Any]:
+        while True:
+            dead = {rank for rank in missing if not self._processes[rank].is_alive()}
+            try:
+                return self._outbox.get(timeout=1)
+            except queue.Empty:
+                if dead:
+                    codes = {rank: self._processes[rank].exitcode for rank in sorted(dead)}
+                    raise RankError(f"{job}: ranks died, with exit codes {codes}") from None
+                if time.monotonic() > end:
+                    raise RankError(f"{job}: no answer from ranks {sorted(missing)} within {TIMEOUT_S} s") from None
 
     def _start(self) -> None:
         # One server imports what every rank needs and forks them all; it never touches a GPU.
@@ -100,6 +110,8 @@ def _serve(rank: int, world: int, device: str, port: int, inbox: Any, outbox: An
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
     torch.set_num_threads(1)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed takes a GPU where it finds one
     if device == "cuda":
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast is not had in every container
         torch.cuda.set_device(rank)

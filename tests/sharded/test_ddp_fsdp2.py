@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from tiny import Run, adapted, base_model, batches, compare, train, whole, worst
+from tiny import STEPS, Run, adapted, base_model, batches, compare, train, whole, worst
+from torch import nn
+from torch.distributed import is_initialized
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,12 +30,12 @@ def device() -> str:
 
 def ddp(options: dict[str, Any], accumulate: int = 1) -> Run:
     model = adapted(base_model(device()), **options)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
     world = torch.distributed.get_world_size()
     return train(wrapped, rank=torch.distributed.get_rank(), world=world, accumulate=accumulate)
 
 
-def sharded(model: torch.nn.Module, units: str, **settings: Any) -> torch.nn.Module:
+def sharded(model: nn.Module, units: str, **settings: Any) -> nn.Module:
     """`fully_shard` in place: each block a unit, or each base layer and each adapter's module too."""
     from torch.distributed.fsdp import fully_shard
 
@@ -84,24 +87,34 @@ def checkpointed(options: dict[str, Any], units: str = "blocks") -> Run:
     return train(model.train(), rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
 
 
-def logits_around_writes(units: str | None) -> list[torch.Tensor]:
-    """The logits as they are, after the base weights were doubled in their shards, and after the adapters were.
+def logits_around_writes(model: nn.Module, held: Iterable[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """The logits as they are, after the base weights were doubled, and after every B was.
 
     Args:
-        units: What is sharded; None for one process.
+        model: The model.
+        held: What is to be written to, by name: what this process holds of each parameter.
     """
-    model = adapted(base_model(device() if units else "cpu"))
-    if units:
-        sharded(model, units)
-    logits = []
+    held, logits = list(held), []
     with torch.no_grad():
-        for touched in ("nothing", "base_layer.weight", "lora_B"):
-            for name, parameter in model.named_parameters():
+        for touched in ("nothing", "base_layer", "lora_B"):
+            for name, tensor in held:
                 if touched in name:
-                    # leaves no trace, not even a version
-                    (parameter.data.to_local() if units else parameter).mul_(2)
-            logits.append(whole(model(input_ids=batches()[0].to(parameter.device)).logits))
+                    tensor.mul_(2)
+            logits.append(whole(model(input_ids=batches()[0].to(device() if is_initialized() else "cpu")).logits))
     return logits
+
+
+def logits_around_writes_alone() -> list[torch.Tensor]:
+    model = adapted()
+    logits = logits_around_writes(model, model.named_parameters())
+    assert all((after - before).abs().max() > 1e-2 for before, after in itertools.pairwise(logits))
+    return logits
+
+
+def logits_around_writes_to_shards(units: str) -> list[torch.Tensor]:
+    model = sharded(adapted(base_model(device())), units)
+    # leaves no trace, not even a version
+    return logits_around_writes(model, ((name, value.data.to_local()) for name, value in model.named_parameters()))
 
 
 class Collectives(TorchDispatchMode):
@@ -138,6 +151,33 @@ def traffic_of_a_norm(placements: str) -> tuple[list[int], float]:
     return seen.sizes, ((norm - truth).abs() / truth).max().item()
 
 
+def traffic_of_a_pass(options: dict[str, Any], units: str) -> list[int]:
+    """The sizes of the collectives of one forward and backward pass under FSDP2."""
+    model = sharded(adapted(base_model(device()), **options), units)
+    ids = batches()[0].to(device())
+    with Collectives() as seen:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return seen.sizes
+
+
+def norms_of_a_run(job: str, accumulate: int) -> int:
+    """How many norms a run computes."""
+    import peft.dora.factors as factors
+
+    body, computed = factors.row_norm_torch, []
+
+    def counted(*args: Any) -> torch.Tensor:
+        computed.append(args)
+        return body(*args)
+
+    factors.row_norm_torch = counted
+    try:
+        {"ddp": ddp, "fsdp2": fsdp2}[job]({}, accumulate=accumulate)
+    finally:
+        factors.row_norm_torch = body
+    return len(computed)
+
+
 def after_sharding() -> dict[str, torch.Tensor]:
     """The magnitudes of an adapter that is added to a model whose base layers are in shards."""
     model = adapted(base_model(device()))
@@ -149,7 +189,7 @@ def after_sharding() -> dict[str, torch.Tensor]:
     return {name: whole(value) for name, value in model.named_parameters() if "magnitude" in name and "late" in name}
 
 
-def sharded_alone(module: torch.nn.Module) -> None:
+def sharded_alone(module: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     fully_shard(module, mesh=init_device_mesh(device(), (torch.distributed.get_world_size(),)))
@@ -183,9 +223,11 @@ def test_fsdp2_trains_what_one_process_trains(two, kind, units):
         compare(run, truth)
 
 
-@pytest.mark.parametrize("units", ["blocks", "leaves"])
-def test_four_ranks_train_what_one_process_trains(four, units):
-    for run in four.run(fsdp2, KINDS["dora"], units):
+@pytest.mark.parametrize(
+    ("job", "units"), [(ddp, ()), (fsdp2, ("blocks",)), (fsdp2, ("leaves",))], ids=["ddp", "blocks", "leaves"]
+)
+def test_four_ranks_train_what_one_process_trains(four, job, units):
+    for run in four.run(job, KINDS["dora"], *units):
         compare(run, alone(KINDS["dora"]))
 
 
@@ -233,10 +275,8 @@ def test_fsdp2_in_mixed_precision(two, units):
 
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
 def test_a_write_to_the_shards_is_seen_by_the_next_pass(two, units):
-    truth = logits_around_writes(None)
-    for before, after in itertools.pairwise(truth):
-        assert (after - before).abs().max() > 1e-2
-    for logits in two.run(logits_around_writes, units):
+    truth = logits_around_writes_alone()
+    for logits in two.run(logits_around_writes_to_shards, units):
         torch.testing.assert_close(logits, truth, rtol=0, atol=1e-5)
 
 
@@ -246,6 +286,25 @@ def test_no_weight_is_gathered_for_its_norm(four, placements):
     for sizes, error in four.run(traffic_of_a_norm, placements):
         assert sizes and max(sizes) <= out < out * features, f"collectives of {sizes} entries"
         assert error < 1e-6
+
+
+@pytest.mark.parametrize("units", ["blocks", "leaves"])
+def test_a_pass_gathers_what_it_gathers_for_lora(two, units):
+    """DoRA brings magnitudes along, and where a base layer is a unit, two vectors a norm; never a weight more."""
+    magnitudes, layers, smallest = 256, 2 * 7, 16 * 32  # entries of a block's, base layers, entries of their weights
+    lora = two.run(traffic_of_a_pass, {"use_dora": False}, units)[0]
+    for dora in two.run(traffic_of_a_pass, {}, units):
+        if units == "blocks":
+            assert all(0 <= more - size <= magnitudes for more, size in zip(dora, lora, strict=True))
+        else:
+            assert sum(size >= smallest for size in dora) == sum(size >= smallest for size in lora) > layers
+
+
+def test_norms_are_computed_when_something_changed(two):
+    layers, steps = 2 * 7, STEPS + 1  # and the pass after the last step
+    assert two.run(norms_of_a_run, "ddp", 3) == [layers * steps] * 2
+    # A weight that is gathered for each pass may have been written to in its shards.
+    assert two.run(norms_of_a_run, "fsdp2", 3) == [layers * (3 * STEPS + 1)] * 2
 
 
 def test_an_adapter_added_to_shards_starts_at_their_norm(two):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ddp_fsdp2 import Collectives, device
+from test_ddp_fsdp2 import Collectives, device, logits_around_writes, logits_around_writes_alone
 from test_state_dicts import changed
 from tiny import Run, adapted, base_model, batches, compare, mean_over_ranks, own_rows, train, trained
 from torch import nn
@@ -105,7 +105,7 @@ def norms_of_an_engine() -> tuple[dict[str, torch.Tensor], list[int]]:
     return found, seen.sizes
 
 
-@pytest.mark.works_with("DeepSpeed", "ZeRO-2 and ZeRO-3, where deepspeed is installed")
+@pytest.mark.works_with("DeepSpeed", "ZeRO-2 and ZeRO-3")
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -116,9 +116,10 @@ def test_zero_trains_what_one_process_trains(two, kind, stage):
 
 
 @needs_deepspeed
-def test_zero3_on_four_ranks_with_small_parameters_kept_whole(four):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_on_four_ranks_with_small_parameters_kept_whole(four, stage):
     truth = train(adapted())
-    for run in four.run(zero, {}, 3, persistent=200):
+    for run in four.run(zero, {}, stage, persistent=200):
         compare(run, truth)
 
 
@@ -142,6 +143,21 @@ def test_zero3_gathers_no_weight_for_its_norm(two):
         assert found.keys() == truth.keys()
         for name, norm in found.items():
             torch.testing.assert_close(norm, truth[name], rtol=1e-6, atol=0)
+
+
+def logits_around_writes_to_partitions() -> list[torch.Tensor]:
+    model = adapted(base_model(device()))
+    engine = engine_of(model, settings(3))
+    logits = logits_around_writes(engine, ((name, value.ds_tensor.data) for name, value in model.named_parameters()))
+    engine.destroy()
+    return logits
+
+
+@needs_deepspeed
+def test_a_write_to_the_partitions_is_seen_by_the_next_pass(two):
+    truth = logits_around_writes_alone()
+    for logits in two.run(logits_around_writes_to_partitions):
+        torch.testing.assert_close(logits, truth, rtol=0, atol=1e-5)
 
 
 def save(folder: str, consolidated: bool) -> None:

@@ -35,7 +35,6 @@ def test_qdora_under_fsdp_on_two_ranks(tmp_path):
 
 
 @needs_deepspeed
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_dora_under_deepspeed_on_two_ranks(stage, tmp_path):
     printed = launch(f"deepspeed_dora/zero{stage}_cpu.yaml", "deepspeed_dora/train.py", tmp_path / "adapter")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_ddp_fsdp2 import sharded
-from tiny import Run, adapted, base_model, compare, gradients_of, parameters_of, train
+from test_ddp_fsdp2 import Collectives, logits_around_writes, logits_around_writes_alone, sharded
+from tiny import Run, adapted, base_model, batches, compare, gradients_of, parameters_of, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -80,6 +80,22 @@ def fsdp1(
     gradients = gradients_of_original if use_orig_params else gradients_of_flat
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return train(outer, rank=rank, world=world, gradients=gradients, parameters=parameters_whole)
+
+
+def large_collectives(options: dict[str, Any], units: str, smallest: int) -> int:
+    """How many collectives of one forward and backward pass bring at least so many entries together."""
+    outer = wrapped(adapted(base(None, device()), **options), True, units)
+    ids = batches()[0].to(device())
+    with Collectives() as seen:
+        outer(input_ids=ids, labels=ids).loss.backward()
+    return sum(size >= smallest for size in seen.sizes)
+
+
+def logits_around_writes_to_flat_shards() -> list[torch.Tensor]:
+    outer = wrapped(adapted(base_model(str(device()))), True, "leaves")
+    units = [(name, module._handle) for name, module in outer.named_modules() if isinstance(module, FSDP)]
+    held = [(name, handle.flat_param.data) for name, handle in units if handle is not None]
+    return logits_around_writes(outer, held)
 
 
 def base(quantised: dict | None, device: torch.device) -> nn.Module:
@@ -160,6 +176,19 @@ def test_fsdp1_trains_what_one_process_trains(two, options, use_orig_params, uni
         compare(run, truth)
 
 
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+def test_a_pass_gathers_no_weight_more_than_for_lora(two, units):
+    smallest = 32 * 64  # half a key's weight: what one of two ranks holds of it
+    lora = two.run(large_collectives, {"use_dora": False}, units, smallest)
+    assert two.run(large_collectives, {}, units, smallest) == lora and min(lora) > 0
+
+
+def test_a_write_to_flat_shards_is_seen_by_the_next_pass(two):
+    truth = logits_around_writes_alone()
+    for logits in two.run(logits_around_writes_to_flat_shards):
+        torch.testing.assert_close(logits, truth, rtol=0, atol=1e-5)
+
+
 PACKED = {
     "nf4": {},
     "plain": {"nested": False},
@@ -168,9 +197,10 @@ PACKED = {
 }
 
 
-def test_flat_shards_on_four_ranks_split_rows(four):
-    for run in four.run(fsdp1, {}, True, "leaves"):
-        compare(run, alone({}))
+@pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])
+def test_flat_shards_on_four_ranks_split_rows(four, quantised):
+    for run in four.run(fsdp1, {}, True, "leaves", quantised):
+        compare(run, alone({}, quantised))
 
 
 @pytest.mark.parametrize("units", ["policy", "leaves"])

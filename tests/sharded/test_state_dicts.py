@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from ranks import RankError
 from test_ddp_fsdp2 import device, sharded
 from test_fsdp1 import wrapped
-from tiny import adapted, base_model, batches, trained, whole
+from tiny import Run, adapted, base_model, batches, compare, train, trained, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
@@ -163,12 +167,20 @@ def checkpoint(folder: str) -> None:
     dcp.save(get_model_state_dict(model, options=ADAPTER_ONLY), checkpoint_id=folder)
 
 
-def resume(folder: str) -> torch.Tensor:
+def resumed(folder: str) -> nn.Module:
     model = blank(sharded(adapted(base_model(device())), "blocks"))
     state = get_model_state_dict(model, options=ADAPTER_ONLY)
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state, options=StateDictOptions(strict=False))
-    return logits(model)
+    return model
+
+
+def resume(folder: str) -> torch.Tensor:
+    return logits(resumed(folder))
+
+
+def train_on(folder: str) -> Run:
+    return train(resumed(folder), rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
 
 
 def alone(folder: str, action: str) -> torch.Tensor:
@@ -193,6 +205,34 @@ def test_a_distributed_checkpoint_is_read_by_any_number_of_ranks(two, four, writ
     truth = logits(changed(adapted()))
     for found in (*two.run(resume, folder), *four.run(resume, folder), alone(folder, "load")):
         torch.testing.assert_close(found, truth)
+
+
+def killed_in_a_shard(folder: str) -> None:
+    """The second rank is killed when it has written half of its part of the second checkpoint."""
+    checkpoint(f"{folder}/step-1")
+    if not is_first():
+
+        def kill(descriptor: int) -> None:
+            os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = kill
+    model = sharded(adapted(base_model(device())), "blocks")
+    dcp.save(get_model_state_dict(model, options=ADAPTER_ONLY), checkpoint_id=f"{folder}/step-2")
+
+
+@pytest.mark.works_with("torch", "distributed checkpoints, a rank killed while it wrote its shard")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_the_checkpoint_before_a_killed_rank_loads_and_trains_on(two, tmp_path):
+    with pytest.raises(RankError, match="killed_in_a_shard"):  # the other rank says so, or nobody does
+        two.run(killed_in_a_shard, str(tmp_path))
+    assert list((tmp_path / "step-2").glob("*.distcp")) and not (tmp_path / "step-2" / ".metadata").exists()
+    truth = changed(adapted())
+    for found in (*two.run(resume, str(tmp_path / "step-1")), alone(str(tmp_path / "step-1"), "load")):
+        torch.testing.assert_close(found, logits(truth))
+    expected = train(truth)
+    for run in two.run(train_on, str(tmp_path / "step-1")):
+        compare(run, expected)
 
 
 def full_from_shards() -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .route import TRITON_DEVICES, TRITON_DTYPES, Route, interpreting, kernels
+from .route import TRITON_DTYPES, Route, interpreting, kernels
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -60,7 +60,7 @@ def runs_triton(route: Route | None, factor: torch.Tensor, dtype: torch.dtype) -
     """Whether the kernels can take what the route promised: the tensors may have moved since it was planned."""
     if route is None or route.path != "triton" or factor.dtype not in TRITON_DTYPES or dtype not in TRITON_DTYPES:
         return False
-    return factor.device.type in TRITON_DEVICES or interpreting()
+    return factor.device.type == "cuda" or interpreting()
 
 
 def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON_DEVICES = ("cuda", "xpu")
 LAYER_KINDS = ("linear", "conv", "embedding")
 _OFF = "use_dora_triton is off"
 
@@ -67,9 +66,9 @@ def _obstacle(device: torch.device, dtype: torch.dtype, kind: str) -> str | None
         return "triton is not installed"
     if interpreting():
         return None if device.type == "cpu" else f"TRITON_INTERPRET=1 runs on the CPU, the layer is on {device}"
-    if device.type not in TRITON_DEVICES:
-        return f"the kernels need a GPU, the layer is on {device}"
-    if dtype == torch.bfloat16 and device.type == "cuda" and not _has_bfloat16(device.index):
+    if device.type != "cuda":  # ROCm's devices have that name too
+        return f"the kernels need a GPU of CUDA or ROCm, the layer is on {device}"
+    if dtype == torch.bfloat16 and not _has_bfloat16(device.index):
         return "this GPU has no bfloat16"
     return None
 

@@ -438,4 +438,4 @@ def _stream(device: torch.device) -> tuple[bool, int | None]:
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         return torch._C._cuda_isCurrentStreamCapturing(), torch._C._cuda_getCurrentRawStream(index)
-    return False, torch.xpu.current_stream().sycl_queue if device.type == "xpu" else None
+    return False, None
