@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from registry import CASES, IMPLEMENTATIONS, Case, Implementation
+from registry import CASES, IMPLEMENTATIONS, PACKED, Case, Implementation
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -24,7 +24,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 MARK = "ROW "
 SEED = 20260322
 LEARNING_RATE = 1e-4
-STORED = {"bf16": torch.bfloat16, "nf4": torch.bfloat16, "fp32": torch.float32}
 
 
 def llama_config(case: Case) -> LlamaConfig:
@@ -43,7 +42,12 @@ def llama_config(case: Case) -> LlamaConfig:
     )
 
 
-def quantize_linear(linear: nn.Linear, weight: torch.Tensor, storage: torch.dtype) -> nn.Module:
+def stored_dtype(case: Case) -> torch.dtype:
+    """Of what is not packed, and of the packed layers' products."""
+    return torch.float32 if case.base == "fp32" else torch.bfloat16
+
+
+def nf4_linear(linear: nn.Linear, weight: torch.Tensor, storage: torch.dtype) -> nn.Module:
     """A bitsandbytes `Linear4bit` (NF4, nested scales, bf16 products) that keeps `weight` `[out, in]` in `storage`."""
     import bitsandbytes as bnb
 
@@ -64,6 +68,38 @@ def quantize_linear(linear: nn.Linear, weight: torch.Tensor, storage: torch.dtyp
     return packed
 
 
+def gptq_linear(linear: nn.Linear, weight: torch.Tensor, group: int) -> nn.Module:
+    """A gptqmodel `TorchLinear` of 4 bits in groups of `group`, with random codes in place of `weight` `[out, in]`."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    packed = TorchLinear(
+        bits=4, group_size=group, sym=True, desc_act=False, in_features=linear.in_features,
+        out_features=linear.out_features, bias=False,
+    ).to(weight.device)  # fmt: skip
+    packed.qweight.random_(-(2**31), 2**31)
+    packed.qzeros.fill_(0x88888888 - 2**32)  # 8, eight times
+    packed.scales = torch.full_like(packed.scales, weight.float().std().item() / 4.61, dtype=weight.dtype)
+    return packed.train()
+
+
+def hqq_linear(linear: nn.Linear, weight: torch.Tensor, group: int) -> nn.Module:
+    """An `HQQLinear` of 4 bits in groups of `group` that keeps `weight` `[out, in]`, rounded to nearest."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=group)
+    config["weight_quant_params"]["optimize"] = False
+    dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    return HQQLinear(dense, config, compute_dtype=weight.dtype, device=str(weight.device))
+
+
+def packed_linear(linear: nn.Linear, weight: torch.Tensor, case: Case, storage: torch.dtype) -> nn.Module:
+    """A layer of the case's base that stands for `weight` `[out, in]`."""
+    if case.base == "nf4":
+        return nf4_linear(linear, weight, storage)
+    return {"gptq": gptq_linear, "hqq": hqq_linear}[case.base](linear, weight, case.group)
+
+
 @torch.no_grad()
 def materialize(model: nn.Module, case: Case, storage: torch.dtype) -> None:
     """Gives the parameters of a model on the meta device seeded random values, made on the case's device, one by one.
@@ -71,7 +107,7 @@ def materialize(model: nn.Module, case: Case, storage: torch.dtype) -> None:
     No second copy of the model ever exists, so that 70B in NF4 needs no more memory than it keeps.
     """
     generator = torch.Generator(case.device).manual_seed(SEED)
-    dtype = STORED[case.base]
+    dtype = stored_dtype(case)
     replaced: set[nn.Module] = set()
     for module in list(model.modules()):
         if module in replaced:
@@ -84,10 +120,11 @@ def materialize(model: nn.Module, case: Case, storage: torch.dtype) -> None:
                 value.normal_(0.0, 0.02, generator=generator)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, child in list(module.named_children()):
-            if case.base == "nf4" and isinstance(child, nn.Linear) and name in case.targets:
+            if case.base in PACKED and isinstance(child, nn.Linear) and name in case.targets:
                 replaced.add(child)
                 weight = torch.empty(child.weight.shape, device=case.device, dtype=dtype)
-                setattr(module, name, quantize_linear(child, weight.normal_(0.0, 0.02, generator=generator), storage))
+                weight.normal_(0.0, 0.02, generator=generator)
+                setattr(module, name, packed_linear(child, weight, case, storage))
 
 
 def build_base(case: Case, storage: torch.dtype = torch.uint8) -> nn.Module:
@@ -140,10 +177,10 @@ def make_step(model: nn.Module, case: Case):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True) if trained else None
     generator = torch.Generator(case.device).manual_seed(SEED + 2)
-    low = STORED[case.base] != torch.float32
+    low = stored_dtype(case) != torch.float32
     if case.mlp:
         shape = (case.batch, case.seq, case.widths.hidden)
-        values = torch.randn(2, *shape, device=case.device, generator=generator).to(STORED[case.base])
+        values = torch.randn(2, *shape, device=case.device, generator=generator).to(stored_dtype(case))
         x, dy = values[0].clone().requires_grad_(), values[1].clone()
     else:
         shape = (case.accumulation, case.batch, case.seq)
@@ -227,7 +264,7 @@ def versions_of(implementation: Implementation, source: Path) -> dict[str, str |
     Raises:
         RuntimeError: if ours was meant and another was imported, or the other way round.
     """
-    versions = {name: installed(name) for name in ("torch", "triton", "transformers", "bitsandbytes")}
+    versions = {name: installed(name) for name in ("torch", "triton", "transformers", *PACKED.values())}
     versions["python"] = platform.python_version()
     if implementation.package is not None:
         import peft

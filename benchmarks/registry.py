@@ -44,8 +44,8 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 class Case:
     """One training step to measure.
 
-    `base` is how the frozen weights are stored: `"bf16"`, `"fp32"`, or `"nf4"` (nested scales, bf16 products). A step
-    runs `accumulation` micro-batches of `batch` × `seq` tokens. `steps` are timed after `warm` that are not. `mlp`
+    `base` is how the frozen weights are stored: `"bf16"`, `"fp32"`, `"nf4"` (nested scales), `"gptq"` or `"hqq"` (4 bits,
+    `group` elements a scale); the packed ones compute in bf16. A step runs `accumulation` micro-batches of `batch` × `seq` tokens. `steps` are timed after `warm` that are not. `mlp`
     is one SwiGLU block without a model around it; its memory is counted from the start of the step.
     """
 
@@ -61,6 +61,7 @@ class Case:
     device: str = "cuda"
     accumulation: int = 1
     mlp: bool = False
+    group: int = 64
     warm: int = 3
     steps: int = 8
 
@@ -103,6 +104,14 @@ CASES = {
         Case("c3", "8B×8, bf16, 4,096 tokens, r 384, checkpointing", LLAMA_8B, 8, "bf16", 1, 4096, 384, True),
         Case("c4", "8B×8, NF4, 4 × 1,024 tokens, r 12, checkpointing", LLAMA_8B, 8, "nf4", 1, 1024, 12, True, accumulation=4),
         Case("c5", "70B×2, NF4, 4 × 1,024 tokens, r 12, checkpointing", LLAMA_70B, 2, "nf4", 1, 1024, 12, True, accumulation=4),
+        Case(
+            "c4-gptq", "as c4, GPTQ of 4 bits by 128 (gptqmodel's layer, random codes)", LLAMA_8B, 8, "gptq", 1, 1024, 12, True,
+            accumulation=4, group=128,
+        ),
+        Case(
+            "c4-hqq", "as c4, HQQ of 4 bits by 64 (hqq's layer, rounded without its search)", LLAMA_8B, 8, "hqq", 1, 1024, 12,
+            True, accumulation=4,
+        ),
         Case("m1", "one SwiGLU MLP, bf16, 4,096 tokens, r 16", LLAMA_8B, 1, "bf16", 1, 4096, 16, False, mlp=True, warm=10, steps=30),
         Case(
             "70b", "70B×80, NF4, 4 × 1,024 tokens, r 12, checkpointing", LLAMA_70B, 80, "nf4", 1, 1024, 12, True,
@@ -115,6 +124,8 @@ CASES = {
         Case("tiny", "a tiny decoder on the CPU, fp32, r 4", TINY, 2, "fp32", 1, 32, 4, False, "cpu"),
         Case("tiny-bf16", "a tiny decoder on the CPU, bf16, r 4, checkpointing", TINY, 2, "bf16", 1, 32, 4, True, "cpu"),
         Case("tiny-nf4", "a tiny decoder on the CPU, NF4, r 4", TINY, 2, "nf4", 1, 32, 4, False, "cpu", accumulation=2),
+        Case("tiny-gptq", "a tiny decoder on the CPU, GPTQ, r 4", TINY, 2, "gptq", 1, 32, 4, True, "cpu", group=32),
+        Case("tiny-hqq", "a tiny decoder on the CPU, HQQ, r 4", TINY, 2, "hqq", 1, 32, 4, True, "cpu", group=32),
         Case("tiny-mlp", "a tiny SwiGLU MLP on the CPU, fp32, r 4", TINY, 1, "fp32", 1, 32, 4, False, "cpu", mlp=True),
     )
 }  # fmt: skip
@@ -134,7 +145,11 @@ IMPLEMENTATIONS = {
 IMPLEMENTATIONS_OF = {
     "70b": ["upstream-dora", "dora-triton"],
     "cpu": ["upstream-lora", "upstream-dora", "lora", "dora"],
+    "c4-gptq": ["lora", "dora", "dora-triton"],
+    "c4-hqq": ["lora", "dora", "dora-triton"],
 }
+# The package whose layers hold a packed base, of half a byte an element.
+PACKED = {"nf4": "bitsandbytes", "gptq": "gptqmodel", "hqq": "hqq"}
 
 GOALS = (
     Goal("c1", "dora-triton", "upstream-lora", time=0.78, memory=1.0),
@@ -144,6 +159,8 @@ GOALS = (
     Goal("c5", "dora-triton", "upstream-lora", time=0.80, memory=1.0),
     Goal("c1", "lora", "upstream-lora", time=0.85),
     Goal("c4", "lora", "upstream-lora", time=0.85),
+    Goal("c4-gptq", "dora-triton", "lora", time=1.15),
+    Goal("c4-hqq", "dora-triton", "lora", time=1.15),
     Goal("m1", "dora-triton", None, at_most_ms=5.6),
     Goal("cpu", "dora", "upstream-dora", time=0.60, memory=0.60),
     Goal("70b", "dora-triton", "upstream-dora", time=0.40, less_mib=4500),
@@ -184,15 +201,16 @@ def predict_ms(case: Case, implementation: Implementation) -> float | None:
         if name not in case.targets:
             continue
         operations += 2 * tokens * rows * columns * (forwards + 1)
-        if case.base == "nf4":
-            traffic += (forwards + 1) * case.accumulation * rows * columns * 2.5
+        stored = 0.5 if case.base in PACKED else 2
+        if case.base in PACKED:
+            traffic += (forwards + 1) * case.accumulation * rows * columns * (stored + 2)
         if implementation.package is None:
             continue
         operations += 2 * tokens * case.rank * (rows + columns) * (forwards + 2)
         traffic += forwards * 2 * tokens * rows * 2
         if implementation.config.get("use_dora"):
             traffic += 3 * tokens * rows * 2
-            traffic += rows * columns * (0.5 if case.base == "nf4" else 2)
+            traffic += rows * columns * stored
     layers = case.layers
     if not case.mlp:
         # The head's product forward and backward, and the fp32 logits with their softmax and gradient.

@@ -13,6 +13,7 @@ the tests of what is measured run first, and rows carry their result; verify.py 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from registry import CASES, IMPLEMENTATIONS, implementations_of, predict_ms
+from registry import CASES, IMPLEMENTATIONS, PACKED, implementations_of, predict_ms
 from rows import ROOT, SOURCE, append, commit, path_of, source_digest
 
 MARK = "ROW "
@@ -110,11 +111,14 @@ def _pytest_options() -> list[str]:
 
 
 def cases_here(names: list[str] | None) -> list[str]:
-    """The cases asked for, or all that this machine has the device for (70b only when asked for: it takes long)."""
+    """The cases asked for, or all that this machine has the device and the packages for (70b only when asked for: it
+    takes long)."""
     if names:
         return names
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [name for name, case in CASES.items() if case.device == device and name != "70b"]
+    missing = {base for base, package in PACKED.items() if importlib.util.find_spec(package) is None}
+    here = [name for name, case in CASES.items() if case.device == device and name != "70b"]
+    return [name for name in here if CASES[name].base not in missing]
 
 
 def parse_arguments() -> argparse.Namespace:
