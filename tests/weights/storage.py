@@ -66,7 +66,7 @@ def check_reading(weight: BaseWeight, expected: torch.Tensor) -> None:
             assert f"rows({a}, {b})" in str(error)
         else:
             raise AssertionError(f"rows({a}, {b}) was not refused")
-    assert weight.lossy and weight.key() == key == find_weight(weight.layer).key()
+    assert weight.lossy and weight.has_key(key) and weight.key() == key == find_weight(weight.layer).key()
 
 
 def check_writing(weight: BaseWeight, room: float) -> None:
@@ -77,7 +77,7 @@ def check_writing(weight: BaseWeight, room: float) -> None:
     new = torch.randn(weight.shape, generator=generator).to(dense.device)
     for _ in range(2):
         weight.write(new)
-        assert weight.key() != key
+        assert weight.key() != key and not weight.has_key(key) and weight.has_key(weight.key())
         assert relative(weight.dense(), new) < room
         assert not same_bytes(stored(layer), before)
         weight.restore(snapshot)

@@ -121,6 +121,7 @@ def test_key_tells_changes(quant):
     layer.qweight.data = layer.qweight.data.clone()
     keys.append(weight.key())
     assert all(a != b for a, b in itertools.combinations(keys, 2))
+    assert [weight.has_key(key) for key in keys] == [False] * (len(keys) - 1) + [True]
 
 
 @pytest.mark.parametrize("quant", ["gptq", "awq"])

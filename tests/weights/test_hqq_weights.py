@@ -136,6 +136,7 @@ def test_key_tells_changes():
     layer.W_q.data = layer.W_q.data.clone()
     keys.append(weight.key())
     assert all(a != b for a, b in itertools.combinations(keys, 2))
+    assert [weight.has_key(key) for key in keys] == [False] * (len(keys) - 1) + [True]
 
 
 def test_direct():

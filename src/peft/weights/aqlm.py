@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import BaseWeight, overwrite, stamp
+from .stored import StoredWeight
 
 _STORED = ("codes", "codebooks", "scales")
 
 
-class AqlmWeight(BaseWeight):
+class AqlmWeight(StoredWeight):
     """The weight of an `aqlm.QuantizedLinear`: `codes` [out groups, in groups, codebooks] of as many bits as a codebook
     needs, `codebooks` [codebooks, size, rows of a group, columns of a group], `scales` [out groups, 1, 1, 1].
 
@@ -37,20 +37,11 @@ class AqlmWeight(BaseWeight):
         return False
 
     @property
-    def lossy(self) -> bool:
-        return True
-
-    @property
     def differentiable(self) -> bool:
         """The library gives the input its gradient and the bias none; by codes that it reordered for a CPU, neither."""
         return not self._may_swap and (self.bias is None or not self.bias.requires_grad)
 
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(0, self.shape[0], dtype)
-
-    @torch.no_grad()
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
+    def _read(self, a: int, b: int) -> torch.Tensor:
         number, size, height, width = self.layer.codebooks.shape
         first, last = a // height, -(-b // height)
         # Codes are stored as signed integers; those of one codebook follow those of the one before.
@@ -59,8 +50,7 @@ class AqlmWeight(BaseWeight):
         groups = F.embedding_bag(codes.reshape(-1, number), vectors, mode="sum")
         groups = groups.view(last - first, codes.shape[1], height, width) * self.layer.scales.detach()[first:last]
         matrix = groups.transpose(1, 2).reshape((last - first) * height, self.shape[1])
-        block = matrix[a - first * height :][: b - a]
-        return block if dtype is None else block.to(dtype)
+        return matrix[a - first * height :][: b - a]
 
     def why_read_only(self) -> str | None:
         return (
@@ -77,18 +67,8 @@ class AqlmWeight(BaseWeight):
         self._check_matrix(matrix)
         raise TypeError(self.why_read_only())
 
-    def snapshot(self) -> tuple[torch.Tensor, ...]:
-        return tuple(getattr(self.layer, name).detach().clone() for name in _STORED)
-
-    def restore(self, snapshot: tuple[torch.Tensor, ...]) -> None:
-        for name, tensor in zip(_STORED, snapshot, strict=True):
-            old = getattr(self.layer, name)
-            held = overwrite(old.detach(), tensor.to(self.device))
-            if held.data_ptr() != old.data_ptr():
-                old.data = held
-
-    def key(self) -> tuple:
-        return tuple(stamp(getattr(self.layer, name)) for name in _STORED)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: getattr(self.layer, name) for name in _STORED}
 
     def direct(self) -> bool:
         """Never: the library's kernels multiply by the codes, at a fraction of what the dense weight costs."""

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .base import BaseWeight, Packed, SameObject, bears, comes_and_goes, held_parameter, overwrite, stamp, untouched
-from .plain import PlainWeight
+from .base import Packed, SameObject, bears, comes_and_goes, held_parameter, overwrite, untouched
 from .sharded import Piece, ShardedWeight, pieces_of_run
+from .stored import MaybePlainWeight, no_dispatch
 
-STAMP = 5  # entries of a stamp
 
-
-class _Quantised(BaseWeight):
+class _Quantised(MaybePlainWeight):
     """What the two formats share: until the layer is moved to a device its weight is a plain floating one."""
 
     @property
@@ -26,16 +24,12 @@ class _Quantised(BaseWeight):
         return self.layer.out_features, self.layer.in_features
 
     @property
-    def lossy(self) -> bool:
-        return self._stored() is not None
+    def is_plain(self) -> bool:
+        return self._stored() is None
 
     @abstractmethod
     def _stored(self) -> Any:
         """What the format keeps beside the weight's bytes, or None where the weight is not quantised."""
-
-    @property
-    def _plain(self) -> PlainWeight:
-        return PlainWeight(self.layer)
 
 
 class _State4bit(NamedTuple):
@@ -68,27 +62,16 @@ class Weight4bit(_Quantised):
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         state = self._stored()
         if state is None:
-            return self._plain.dense(dtype)
+            return self.plain.dense(dtype)
         matrix = dequantise_4bit(self.layer.weight, state)
         return matrix if dtype is None else matrix.to(dtype)
 
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
+    def _read(self, a: int, b: int) -> torch.Tensor:
         state = self._stored()
-        if state is None:
-            return self._plain.rows(a, b, dtype)
-        if _is_interleaved(state):
-            block = _read_interleaved(self.layer.weight, state, a, b)
-        else:
-            block = _read_rows(self.layer.weight, state, a, b)
-        return block if dtype is None else block.to(dtype)
+        return (_read_interleaved if _is_interleaved(state) else _read_rows)(self.layer.weight, state, a, b)
 
-    def write(self, matrix: torch.Tensor) -> None:
-        self._check_matrix(matrix)
+    def _write(self, matrix: torch.Tensor) -> None:
         state = self._stored()
-        if state is None:
-            self._plain.write(matrix)
-            return
         import bitsandbytes.functional as bnb
 
         weight = self.layer.weight
@@ -103,42 +86,38 @@ class Weight4bit(_Quantised):
             quant_storage=storage,
         )
         fresh.dtype = self.dtype
-        self._put(packed, fresh)
+        self._take(packed, fresh)
 
-    def snapshot(self) -> _State4bit | torch.Tensor:
-        state = self._stored()
-        if state is None:
-            return self._plain.snapshot()
-        return _State4bit(self.layer.weight.detach().clone().as_subclass(torch.Tensor), copy.deepcopy(state))
+    def _snapshot(self) -> _State4bit:
+        data = self.layer.weight.detach().clone().as_subclass(torch.Tensor)
+        return _State4bit(data, copy.deepcopy(self._stored()))
 
-    def restore(self, snapshot: _State4bit | torch.Tensor) -> None:
-        if isinstance(snapshot, torch.Tensor):
-            self._plain.restore(snapshot)
-            return
+    def _restore(self, snapshot: _State4bit) -> None:
         device = self.device
         state = copy.deepcopy(snapshot.quant_state)
         state.to(device)
-        self._put(snapshot.data.to(device), state)
+        self._take(snapshot.data.to(device), state)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        state = self._stored()
+        held = {"weight": self.layer.weight}
+        return held if state is None else {**held, "absmax": state.absmax}
 
     def key(self) -> tuple:
         if comes_and_goes(self.layer):
             return (object(),)
-        with _no_dispatch():
-            weight = self.layer.weight
-            state = quant_state_of(weight, self.layer)
-            if state is None:
-                return stamp(weight)
-            return (*stamp(weight), SameObject(state), *stamp(state.absmax))
+        state = self._stored()
+        return None if state is None else SameObject(state), *super().key()
 
     def has_key(self, key: tuple) -> bool:
         if comes_and_goes(self.layer):
             return False
-        with _no_dispatch():
+        with no_dispatch():
             weight = self.layer.weight
             state = quant_state_of(weight, self.layer)
-            if state is None or len(key) <= STAMP:
+            if state is None or len(key) < 3:
                 return self.key() == key
-            return bears(weight, key) and key[STAMP]._ref() is state and bears(state.absmax, key[STAMP + 1 :])
+            return key[0]._ref() is state and bears(weight, key[1]) and bears(state.absmax, key[2])
 
     def packed(self) -> Packed | None:
         state = self._stored()
@@ -171,7 +150,7 @@ class Weight4bit(_Quantised):
             and untouched(layer, weight, type(weight) if _is_params4bit(weight) else nn.Parameter)
         )
 
-    def _put(self, packed: torch.Tensor, state: Any) -> None:
+    def _take(self, packed: torch.Tensor, state: Any) -> None:
         weight = self.layer.weight
         held = overwrite(weight.detach(), packed)
         if held.data_ptr() != weight.data_ptr():
@@ -205,48 +184,52 @@ class Weight8bit(_Quantised):
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         stored = self._stored()
-        return self._plain.dense(dtype) if stored is None else dequantise_8bit(*stored, dtype)
+        return self.plain.dense(dtype) if stored is None else dequantise_8bit(*stored, dtype)
 
     def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         self._check_rows(a, b)
         stored = self._stored()
         if stored is None:
-            return self._plain.rows(a, b, dtype)
+            return self.plain.rows(a, b, dtype)
         return dequantise_8bit(stored.data[a:b], stored.scb[a:b], dtype)
 
+    def _read(self, a: int, b: int) -> torch.Tensor:
+        return self.rows(a, b)
+
     def write(self, matrix: torch.Tensor) -> None:
-        """As `BaseWeight.write`; the rows are rounded to int8 symmetrically, each by its own largest magnitude."""
-        self._check_matrix(matrix)
-        if self._stored() is None:
-            self._plain.write(matrix)
-            # The int8 copy that the last forward left behind is out of date; eval would go on using it.
+        super().write(matrix)
+        self._forget_copy()
+
+    def _forget_copy(self) -> None:
+        """The int8 copy of a plain weight that the last forward left behind is out of date; eval would go on using it."""
+        if self.is_plain:
             self.layer.state.reset_grads()
-            return
+
+    def _write(self, matrix: torch.Tensor) -> None:
+        """The rows are rounded to int8 symmetrically, each by its own largest magnitude."""
         wide = matrix.detach().to(self.device, torch.float32)
         scb = wide.abs().amax(dim=1)
         scale = torch.where(scb > 0, 127.0 / scb, 0.0)
-        self._put(_State8bit((wide * scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scb))
+        self._take(_State8bit((wide * scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scb))
 
-    def snapshot(self) -> _State8bit | torch.Tensor:
+    def _snapshot(self) -> _State8bit:
         stored = self._stored()
-        if stored is None:
-            return self._plain.snapshot()
         return _State8bit(stored.data.clone(), stored.scb.clone())
 
     def restore(self, snapshot: _State8bit | torch.Tensor) -> None:
-        if isinstance(snapshot, torch.Tensor):
-            self._plain.restore(snapshot)
-            self.layer.state.reset_grads()
-            return
-        self._put(_State8bit(*(tensor.to(self.device) for tensor in snapshot)))
+        super().restore(snapshot)
+        self._forget_copy()
 
-    def key(self) -> tuple:
+    def _restore(self, snapshot: _State8bit) -> None:
+        self._take(_State8bit(*(tensor.to(self.device) for tensor in snapshot)))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
         weight, state = self.layer.weight, self.layer.state
-        if weight.is_floating_point():
-            return stamp(weight)
-        data = weight.CB if weight.CB is not None else state.CB
-        scb = weight.SCB if weight.SCB is not None else state.SCB
-        return (*stamp(weight), None if data is None else stamp(data), None if scb is None else stamp(scb))
+        held = {"weight": weight}
+        if not weight.is_floating_point():
+            held["CB"] = weight.CB if weight.CB is not None else state.CB
+            held["SCB"] = weight.SCB if weight.SCB is not None else state.SCB
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def packed(self) -> Packed | None:
         stored = self._stored()
@@ -258,7 +241,7 @@ class Weight8bit(_Quantised):
         """Never: `Linear8bitLt` also rounds its input to int8 and takes outliers apart, which no dense product does."""
         return False
 
-    def _put(self, new: _State8bit) -> None:
+    def _take(self, new: _State8bit) -> None:
         weight, state = self.layer.weight, self.layer.state
         held = self._stored()
         data, scb = overwrite(held.data, new.data), overwrite(held.scb, new.scb)
@@ -304,10 +287,6 @@ class ShardedWeight4bit(ShardedWeight):
             "write(matrix) to a 4-bit weight in shards: blocks that share a scale lie on several processes. Gather the "
             "model (for example with FSDP.summon_full_params), or merge the adapter on one process."
         )
-
-
-# Every look at a Params4bit goes through its `__torch_function__`, in Python: key() is asked in each forward pass.
-_no_dispatch = torch._C.DisableTorchFunctionSubclass
 
 
 def _is_params4bit(weight: torch.Tensor) -> bool:

@@ -8,14 +8,14 @@ from typing import NoReturn
 
 import torch
 
-from .base import BaseWeight, stamp
+from .stored import StoredWeight
 from .through import read_through
 
 # Parts of the names of layers that round their input, so that products with unit vectors do not tell the weight.
 _ROUND_THE_INPUT = ("Int8", "QQQ", "W4A", "NVFP4")
 
 
-class ClosedWeight(BaseWeight):
+class ClosedWeight(StoredWeight):
     """The weight of a linear layer of gptqmodel whose tensors are in no common layout.
 
     It is read by products of unit vectors, so a chunk of rows costs a whole product; it cannot be written.
@@ -35,11 +35,7 @@ class ClosedWeight(BaseWeight):
 
     @property
     def device(self) -> torch.device:
-        return self._tensors()[0].device
-
-    @property
-    def lossy(self) -> bool:
-        return True
+        return next(iter(self.tensors().values())).device
 
     @property
     def trainable(self) -> bool:
@@ -50,19 +46,14 @@ class ClosedWeight(BaseWeight):
         """Whether gradients get through the layer to its input, as gptqmodel declares it."""
         return bool(getattr(self.layer, "SUPPORTS_TRAINING", False))
 
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(0, self.shape[0], dtype)
-
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
+    def _read(self, a: int, b: int) -> torch.Tensor:
         kind = type(self.layer).__name__
         if any(part in base.__name__ for base in type(self.layer).__mro__ for part in _ROUND_THE_INPUT):
             raise TypeError(
                 f"the weight of a {kind} cannot be read, since the layer rounds its input: load the model with another "
                 'backend, such as GPTQConfig(backend="gptq_torch")'
             )
-        block = read_through(self._product, self.shape, (a, b), self.dtype, self.device)
-        return block if dtype is None else block.to(dtype)
+        return read_through(self._product, self.shape, (a, b), self.dtype, self.device)
 
     @torch.no_grad()
     def _product(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,14 +82,10 @@ class ClosedWeight(BaseWeight):
     def restore(self, snapshot: object) -> NoReturn:
         raise TypeError(self.why_read_only())
 
-    def key(self) -> tuple:
-        return tuple(part for tensor in self._tensors() for part in stamp(tensor))
-
     def direct(self) -> bool:
         return False
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         layer = self.layer
-        bias = layer.bias
-        held = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        return [tensor for tensor in held if tensor is not bias]
+        held = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        return {name: tensor for name, tensor in held.items() if name != "bias"}

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .base import BaseWeight, overwrite, stamp
-from .plain import PlainWeight
+from .base import overwrite
+from .stored import MaybePlainWeight
 
 _STORED = ("weight_packed", "weight")
 _PARTS = (*_STORED, "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx", "weight_shape")
@@ -28,7 +28,7 @@ class _Snapshot(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-class CompressedTensorsWeight(BaseWeight):
+class CompressedTensorsWeight(MaybePlainWeight):
     """The weight of an `nn.Linear` with a compressed-tensors scheme, which says in which of three modes it is:
 
     - "compressed": packed, until the model's first forward pass unpacks it for good;
@@ -68,8 +68,8 @@ class CompressedTensorsWeight(BaseWeight):
         return self.mode != "compressed" and self.layer.weight.requires_grad
 
     @property
-    def lossy(self) -> bool:
-        return self.mode != "plain"
+    def is_plain(self) -> bool:
+        return self.mode == "plain"
 
     @property
     def differentiable(self) -> bool:
@@ -77,33 +77,19 @@ class CompressedTensorsWeight(BaseWeight):
         scheme = self.layer.quantization_scheme
         return scheme is None or (scheme.input_activations is None and scheme.output_activations is None)
 
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(0, self.shape[0], dtype)
-
-    @torch.no_grad()
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
-        if self.mode == "plain":
-            return PlainWeight(self.layer).rows(a, b, dtype)
+    def _read(self, a: int, b: int) -> torch.Tensor:
         step, out = self._step(), self.shape[0]
         first, last = a // step * step, min(max(-(-b // step), a // step + 1) * step, out)
-        block = self._blocks(first, last)[a - first : b - first]
-        return block if dtype is None else block.to(dtype)
+        return self._blocks(first, last)[a - first : b - first]
 
-    @torch.no_grad()
-    def write(self, matrix: torch.Tensor) -> None:
-        """As `BaseWeight.write`; where the weight is on a grid, with new scales of the scheme's kind."""
-        self._check_matrix(matrix)
-        mode = self.mode
-        if mode == "plain":
-            PlainWeight(self.layer).write(matrix)
-            return
+    def _write(self, matrix: torch.Tensor) -> None:
+        """With new scales of the scheme's kind."""
         dense = matrix.detach().to(self.device, self.dtype)
         state = {"weight": dense, **_new_scales(dense, self._scheme.weights)}
-        self._put(self._compressor.compress(state, self._scheme) if mode == "compressed" else state)
+        self._put(self._compressor.compress(state, self._scheme) if self.mode == "compressed" else state)
 
     def snapshot(self) -> _Snapshot:
-        return _Snapshot(self.mode, {name: tensor.detach().clone() for name, tensor in self._tensors().items()})
+        return _Snapshot(self.mode, {name: tensor.detach().clone() for name, tensor in self.tensors().items()})
 
     @torch.no_grad()
     def restore(self, snapshot: _Snapshot) -> None:
@@ -117,7 +103,7 @@ class CompressedTensorsWeight(BaseWeight):
             self._put({name: tensor.to(self.device) for name, tensor in tensors.items()})
         elif mode == "compressed":
             state = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-            PlainWeight(self.layer).write(self._compressor.decompress(state, self._scheme)["weight"])
+            self.plain.write(self._compressor.decompress(state, self._scheme)["weight"])
         else:
             raise RuntimeError(
                 "this compressed-tensors layer was compressed after an adapter was merged into it: decompress the model "
@@ -125,7 +111,10 @@ class CompressedTensorsWeight(BaseWeight):
             )
 
     def key(self) -> tuple:
-        return self.mode, *(stamp(tensor) for tensor in self._tensors().values())
+        return self.mode, *super().key()
+
+    def has_key(self, key: tuple) -> bool:
+        return key[0] == self.mode and super().has_key(key[1:])
 
     def direct(self) -> bool:
         """Never: the library replaces the forward of its layers."""
@@ -145,7 +134,7 @@ class CompressedTensorsWeight(BaseWeight):
         name = scheme.format or infer_module_format(type(self.layer), scheme)
         return BaseCompressor.get_value_from_registry(getattr(name, "value", name))
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         held = {name: getattr(self.layer, name, None) for name in _PARTS}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
@@ -156,7 +145,7 @@ class CompressedTensorsWeight(BaseWeight):
 
     def _blocks(self, a: int, b: int) -> torch.Tensor:
         """Rows a to b, both on the border of a step (or b the end), as the library reads them."""
-        state = {name: self._cut(name, tensor.detach(), a, b) for name, tensor in self._tensors().items()}
+        state = {name: self._cut(name, tensor.detach(), a, b) for name, tensor in self.tensors().items()}
         if self.mode == "compressed":
             return self._compressor.decompress(state, self._scheme)["weight"]
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -185,7 +174,7 @@ class CompressedTensorsWeight(BaseWeight):
         return tensor[a // size : -(-b // size)]
 
     def _put(self, tensors: dict[str, torch.Tensor]) -> None:
-        held = self._tensors()
+        held = self.tensors()
         for name, tensor in tensors.items():
             old = held.get(name)
             if old is None:

@@ -4,21 +4,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
-from .base import BaseWeight, overwrite, stamp
-from .plain import PlainWeight
+from .stored import MaybePlainWeight
 
 
-class _Stored(NamedTuple):
-    data: torch.Tensor
-    scale: torch.Tensor
-
-
-class Float8Weight(BaseWeight):
+class Float8Weight(MaybePlainWeight):
     """A float8 weight [out, in] times its scales, read in float32: w = data · scale.
 
     `FP8Linear` keeps them as `weight_scale_inv`, [out / block, in / block] rounded up or one number, in float32 or as
@@ -39,7 +31,7 @@ class Float8Weight(BaseWeight):
             )
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """A weight that was loaded dense: the layer then multiplies by it as `nn.Linear` does."""
         return self.layer.weight.element_size() > 1
 
@@ -49,25 +41,14 @@ class Float8Weight(BaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype if self._is_plain else torch.float32
-
-    @property
-    def lossy(self) -> bool:
-        return not self._is_plain
+        return self.layer.weight.dtype if self.is_plain else torch.float32
 
     @property
     def differentiable(self) -> bool:
         """The activations are rounded too, and what the layers' own functions give back leaves the bias out."""
-        return self._is_plain
+        return self.is_plain
 
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(0, self.shape[0], dtype)
-
-    @torch.no_grad()
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
-        if self._is_plain:
-            return PlainWeight(self.layer).rows(a, b, dtype)
+    def _read(self, a: int, b: int) -> torch.Tensor:
         block = self.layer.weight.detach()[a:b].float()
         height, width = self._block
         scale = self._scale.detach().float().reshape(self._grid)[a // height : -(-b // height)]
@@ -75,15 +56,10 @@ class Float8Weight(BaseWeight):
         whole = block.shape[1] // width * width
         block[:, :whole].unflatten(1, (-1, width)).mul_(scale[:, : whole // width, None])
         block[:, whole:].mul_(scale[:, whole // width :])
-        return block if dtype is None else block.to(dtype)
+        return block
 
-    @torch.no_grad()
-    def write(self, matrix: torch.Tensor) -> None:
-        """As `BaseWeight.write`; each block is scaled so that its largest magnitude is float8's."""
-        self._check_matrix(matrix)
-        if self._is_plain:
-            PlainWeight(self.layer).write(matrix)
-            return
+    def _write(self, matrix: torch.Tensor) -> None:
+        """Each block is scaled so that its largest magnitude is float8's."""
         (out, features), (height, width), (rows, columns) = self.shape, self._block, self._grid
         kind, limit = self.layer.weight.dtype, torch.finfo(self.layer.weight.dtype).max
         wide = matrix.detach().to(self.device, torch.float32)
@@ -94,30 +70,25 @@ class Float8Weight(BaseWeight):
         if self._scale.dtype.itemsize == 1:  # UE8M0: the power of two above
             scale = torch.exp2(torch.ceil(torch.log2(scale)))
         data = (blocks / scale[:, None, :, None]).clamp_(-limit, limit).view_as(padded)[:out, :features].to(kind)
-        self._put(_Stored(data, scale.reshape(self._scale.shape).to(self._scale.dtype)))
+        self._put(
+            dict(zip(self.tensors(), (data, scale.reshape(self._scale.shape).to(self._scale.dtype)), strict=True))
+        )
 
-    def snapshot(self) -> _Stored | torch.Tensor:
-        if self._is_plain:
-            return PlainWeight(self.layer).snapshot()
-        return _Stored(self.layer.weight.detach().clone(), self._scale.detach().clone())
-
-    def restore(self, snapshot: _Stored | torch.Tensor) -> None:
-        if isinstance(snapshot, torch.Tensor):
-            PlainWeight(self.layer).restore(snapshot)
-        else:
-            self._put(_Stored(*(tensor.to(self.device) for tensor in snapshot)))
-
-    def key(self) -> tuple:
-        return (*stamp(self.layer.weight), *stamp(self._scale))
+    def tensors(self) -> dict[str, torch.Tensor]:
+        held = {"weight": self.layer.weight}
+        return held if self.is_plain else {**held, self._scale_name: self._scale}
 
     def direct(self) -> bool:
         """Never: the layers round their input too."""
         return False
 
     @property
+    def _scale_name(self) -> str:
+        return "weight_scale_inv" if hasattr(self.layer, "weight_scale_inv") else "weight_scale"
+
+    @property
     def _scale(self) -> torch.Tensor:
-        layer = self.layer
-        return layer.weight_scale_inv if hasattr(layer, "weight_scale_inv") else layer.weight_scale
+        return getattr(self.layer, self._scale_name)
 
     @property
     def _block(self) -> tuple[int, int]:
@@ -133,9 +104,3 @@ class Float8Weight(BaseWeight):
         """How many blocks there are, down and across."""
         (out, features), (height, width) = self.shape, self._block
         return -(-out // height), -(-features // width)
-
-    def _put(self, new: _Stored) -> None:
-        for old, tensor in zip((self.layer.weight, self._scale), new, strict=True):
-            held = overwrite(old.detach(), tensor)
-            if held.data_ptr() != old.data_ptr():
-                old.data = held

@@ -9,23 +9,31 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
-from .base import Packed, untouched
-from .grouped import GroupedWeight
+from .base import Packed, bears, stamp, untouched
+from .stored import StoredWeight
 from .words import BLOCK, nearest, pack, unpack, unpack_columns
 
 # What a merge takes at a time, of all temporaries together.
 CHUNK_BYTES = 256 * 2**20
 
 
-class WordsWeight(GroupedWeight):
+class WordsWeight(StoredWeight):
     """Integers in words (`qweight`), stored by input feature, with a scale (`scales` [groups, out]) and an integer zero
     point (`qzeros`) for each group of inputs and each output: w = (q − z)·s, rounded to the scales' dtype."""
 
     kinds: frozenset[tuple[str, str]] = frozenset()  # the classes whose forward pass is `x @ W.T + bias`
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+    @property
     def bits(self) -> int:
         return self.layer.bits
+
+    @property
+    def trainable(self) -> bool:
+        return False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,8 +62,9 @@ class WordsWeight(GroupedWeight):
 
     def groups(self) -> torch.Tensor:
         """The group of each input feature, int64 [in]."""
-        if self.order is not None:
-            return self.order.long()
+        return self._neighbours() if self.order is None else self.order.long()
+
+    def _neighbours(self) -> torch.Tensor:
         return torch.arange(self.shape[1], device=self.device) // self.layer.group_size
 
     def write(self, matrix: torch.Tensor) -> None:
@@ -108,19 +117,23 @@ class WordsWeight(GroupedWeight):
             and untouched(layer, layer.qweight)
         )
 
-    def _stored(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.layer, name) for name in _WRITTEN}
 
     def _store(self, name: str, tensor: torch.Tensor) -> None:
         setattr(self.layer, name, tensor)
 
-    def _decode(self, a: int, b: int) -> torch.Tensor:
+    def _read(self, a: int, b: int) -> torch.Tensor:
         group = self.groups()
         difference = self._codes(a, b) - self._zeros(a, b)[group]
         return (self.layer.scales[:, a:b][group] * difference).T
 
 
 _WRITTEN = ("qweight", "qzeros", "scales")
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class GptqWeight(WordsWeight):
@@ -136,17 +149,24 @@ class GptqWeight(WordsWeight):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
+        self._ordered: tuple[tuple, bool] | None = None  # the stamp of `g_idx`, and whether neighbours make the groups
         if getattr(layer, "had_K", None) is not None:
             raise TypeError(
                 f"{type(layer).__name__} rotates its input (had_K): its weight cannot be read as a matrix [out, in]"
             )
 
     @property
-    def order(self) -> torch.Tensor:
-        return self.layer.g_idx
+    def order(self) -> torch.Tensor | None:
+        """As `WordsWeight.order`: what `g_idx` says is looked at once, since the host has to wait for it."""
+        g_idx, size = self.layer.g_idx, self.layer.group_size
+        if self._ordered is None or not bears(g_idx, self._ordered[0]):
+            if size <= 0 or g_idx.is_meta or g_idx.is_inference() or _is_captured(g_idx):
+                return g_idx
+            self._ordered = stamp(g_idx), torch.equal(g_idx, self._neighbours().to(g_idx.dtype))
+        return None if self._ordered[1] else g_idx
 
-    def _stored(self) -> dict[str, torch.Tensor]:
-        return {**super()._stored(), "g_idx": self.layer.g_idx}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**super().tensors(), "g_idx": self.layer.g_idx}
 
     @property
     def planar(self) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .base import Packed, untouched
-from .grouped import GroupedWeight
+from .stored import StoredWeight
 
 _CLASS = "hqq.core.quantize", "HQQLinear"
 # The forward passes of an HQQLinear that are `x @ dequantize().T + bias`.
@@ -44,7 +44,7 @@ _PACKINGS = {
 }
 
 
-class HqqWeight(GroupedWeight):
+class HqqWeight(StoredWeight):
     """The weight of an `HQQLinear`: integers of 1 to 8 bits in groups of elements that follow one another (axis 1) or
     lie `out * in / group_size` apart (axis 0) in the flattened matrix.
 
@@ -52,6 +52,14 @@ class HqqWeight(GroupedWeight):
     """
 
     format = "hqq"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+    @property
+    def trainable(self) -> bool:
+        return False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +123,7 @@ class HqqWeight(GroupedWeight):
             and untouched(layer, layer.W_q)
         )
 
-    def _stored(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         meta = self.layer.meta
         scales = ("zero_scale",) if "zero_scale" in meta else ("scale", "zero")
         return {"W_q": self.layer.W_q, **{name: meta[name] for name in scales if name in meta}}
@@ -159,7 +167,7 @@ class HqqWeight(GroupedWeight):
         line = group if meta["axis"] == 1 else elements // group
         return Planes(count, -(-elements // (line * count)) * line, bits)
 
-    def _decode(self, a: int, b: int) -> torch.Tensor:
+    def _read(self, a: int, b: int) -> torch.Tensor:
         features, meta = self.shape[1], self.layer.meta
         start, stop = a * features, b * features
         if start == stop:

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .base import BaseWeight, overwrite, stamp
-from .plain import PlainWeight
+from .stored import MaybePlainWeight
 
 
-class _Stored(NamedTuple):
-    data: torch.Tensor
-    scale: Any
+class _Snapshot(NamedTuple):
+    tensors: dict[str, torch.Tensor]
+    number: float | None  # the scale where it is one
 
 
-class IncWeight(BaseWeight):
+class IncWeight(MaybePlainWeight):
     """The weight of a `PatchedLinear`: float8 [in, out] times a scale, one number or one a row of the matrix, which the
     layer itself keeps (`scale_weight`) or its `dequant_weights` does (the mode with `use_qdq`, which also runs on CPUs).
 
@@ -38,7 +37,7 @@ class IncWeight(BaseWeight):
             )
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         return not hasattr(self.layer, "dequant_weights") and not hasattr(self.layer, "scale_weight")
 
     @property
@@ -55,74 +54,69 @@ class IncWeight(BaseWeight):
         return getattr(self._home, self._scale_name)
 
     @property
+    def _number(self) -> float | None:
+        """The scale of a quantised weight where it is no tensor."""
+        scale = None if self.is_plain else self._scale
+        return None if isinstance(scale, torch.Tensor) else scale
+
+    @property
     def shape(self) -> tuple[int, int]:
         first, second = self.layer.weight.shape
-        return (first, second) if self._is_plain else (second, first)
+        return (first, second) if self.is_plain else (second, first)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype if self._is_plain else self.layer.hp_dtype
-
-    @property
-    def lossy(self) -> bool:
-        return not self._is_plain
+        return self.layer.weight.dtype if self.is_plain else self.layer.hp_dtype
 
     @property
     def differentiable(self) -> bool:
         """The float8 product records no gradient."""
-        return self._is_plain
+        return self.is_plain
 
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(0, self.shape[0], dtype)
-
-    @torch.no_grad()
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
-        if self._is_plain:
-            return PlainWeight(self.layer).rows(a, b, dtype)
+    def _read(self, a: int, b: int) -> torch.Tensor:
         scale = self._scales()[:, None]
         block = self.layer.weight.detach()[:, a:b].T.float() * (scale if len(scale) == 1 else scale[a:b])
-        block = block.to(self.dtype)  # as the library rounds it
-        return block if dtype is None else block.to(dtype)
+        return block.to(self.dtype)  # as the library rounds it
 
-    @torch.no_grad()
-    def write(self, matrix: torch.Tensor) -> None:
-        """As `BaseWeight.write`. Scales stay as they are where the new rows fit under them, and grow by powers of two
+    def _write(self, matrix: torch.Tensor) -> None:
+        """Scales stay as they are where the new rows fit under them, and grow by powers of two
         where they do not: float8 keeps its precision over a wide range."""
-        self._check_matrix(matrix)
-        if self._is_plain:
-            PlainWeight(self.layer).write(matrix)
-            return
         wide, old = matrix.detach().to(self.device, torch.float32), self._scales()
         kind, limit = self.layer.weight.dtype, torch.finfo(self.layer.weight.dtype).max
         largest = wide.abs().amax(1) if len(old) > 1 else wide.abs().amax()[None]
         scale = old * torch.exp2(torch.ceil(torch.log2((largest / (limit * old)).clamp(min=1.0))))
         data = (wide / scale[:, None]).clamp_(-limit, limit).T.to(kind)
         held = self._scale
-        self._put(
-            _Stored(data, scale.to(held.dtype).view(held.shape) if isinstance(held, torch.Tensor) else float(scale))
-        )
+        if isinstance(held, torch.Tensor):
+            self._put({"weight": data, "scale": scale.to(held.dtype).view(held.shape)})
+        else:
+            self._restore(_Snapshot({"weight": data}, float(scale)))
 
-    def snapshot(self) -> _Stored | torch.Tensor:
-        if self._is_plain:
-            return PlainWeight(self.layer).snapshot()
-        scale = self._scale
-        return _Stored(
-            self.layer.weight.detach().clone(), scale.detach().clone() if isinstance(scale, torch.Tensor) else scale
-        )
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weight, and the scale where it is no number."""
+        held = {"weight": self.layer.weight}
+        return held if self.is_plain or self._number is not None else {**held, "scale": self._scale}
 
-    def restore(self, snapshot: _Stored | torch.Tensor) -> None:
-        if isinstance(snapshot, torch.Tensor):
-            PlainWeight(self.layer).restore(snapshot)
-            return
-        data, scale = snapshot
-        self._put(_Stored(data.to(self.device), scale.to(self.device) if isinstance(scale, torch.Tensor) else scale))
+    def _store(self, name: str, tensor: torch.Tensor) -> None:
+        if name == "weight":
+            self.layer.weight.data = tensor
+        else:
+            setattr(self._home, self._scale_name, tensor)
+
+    def _snapshot(self) -> _Snapshot:
+        return _Snapshot(super()._snapshot(), self._number)
+
+    def _restore(self, snapshot: _Snapshot) -> None:
+        tensors, number = snapshot
+        super()._restore(tensors)
+        if number is not None:
+            setattr(self._home, self._scale_name, number)
 
     def key(self) -> tuple:
-        if self._is_plain:
-            return stamp(self.layer.weight)
-        scale = self._scale
-        return (*stamp(self.layer.weight), stamp(scale) if isinstance(scale, torch.Tensor) else scale)
+        return self._number, *super().key()
+
+    def has_key(self, key: tuple) -> bool:
+        return key[0] == self._number and super().has_key(key[1:])
 
     def direct(self) -> bool:
         """Never: the layer rounds its input too."""
@@ -131,13 +125,3 @@ class IncWeight(BaseWeight):
     def _scales(self) -> torch.Tensor:
         """[1] or [out], float32."""
         return torch.as_tensor(self._scale, device=self.device).detach().float().reshape(-1)
-
-    def _put(self, new: _Stored) -> None:
-        weight, scale = self.layer.weight, self._scale
-        held = overwrite(weight.detach(), new.data)
-        if held.data_ptr() != weight.data_ptr():
-            weight.data = held
-        if isinstance(scale, torch.Tensor):
-            overwrite(scale.detach(), new.scale)
-        else:
-            setattr(self._home, self._scale_name, new.scale)

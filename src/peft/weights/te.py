@@ -7,13 +7,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .base import BaseWeight, stamp, writing
-from .plain import PlainWeight
+from .base import writing
+from .stored import MaybePlainWeight
 
 _PARTS = ("_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv")
 
 
-class TeWeight(BaseWeight):
+class TeWeight(MaybePlainWeight):
     """The weight of a `transformer_engine.pytorch.Linear`.
 
     A float8 weight is one of the library's tensor classes: it is read by its `dequantize` and written by `copy_`, which
@@ -23,7 +23,7 @@ class TeWeight(BaseWeight):
     format = "transformer engine"
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         return type(self.layer.weight) in (nn.Parameter, torch.Tensor)
 
     @property
@@ -40,42 +40,26 @@ class TeWeight(BaseWeight):
         bias = getattr(self.layer, "bias", None)
         return None if bias is None or bias.numel() == 0 else bias
 
-    @property
-    def lossy(self) -> bool:
-        return not self._is_plain
+    def _read(self, a: int, b: int) -> torch.Tensor:
+        return self.layer.weight.detach().dequantize()[a:b]
 
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(0, self.shape[0], dtype)
-
-    @torch.no_grad()
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
-        if self._is_plain:
-            return PlainWeight(self.layer).rows(a, b, dtype)
-        block = self.layer.weight.detach().dequantize()[a:b]
-        return block if dtype is None else block.to(dtype)
-
-    def write(self, matrix: torch.Tensor) -> None:
-        self._check_matrix(matrix)
+    def _write(self, matrix: torch.Tensor) -> None:
         weight = self.layer.weight
         with writing(weight):
             weight.copy_(matrix.to(weight.device, weight.dtype))
 
-    def snapshot(self) -> torch.Tensor:
-        return self.layer.weight.detach().clone()
+    def _snapshot(self) -> tuple[torch.Tensor]:
+        return (self.layer.weight.detach().clone(),)
 
-    def restore(self, snapshot: torch.Tensor) -> None:
-        if self._is_plain:
-            PlainWeight(self.layer).restore(snapshot)
-            return
+    def _restore(self, snapshot: tuple[torch.Tensor]) -> None:
         weight = self.layer.weight
         with writing(weight):
             for name in self._parts():
-                getattr(weight, name).copy_(getattr(snapshot, name))
+                getattr(weight, name).copy_(getattr(snapshot[0], name))
 
-    def key(self) -> tuple:
+    def tensors(self) -> dict[str, torch.Tensor]:
         weight = self.layer.weight
-        return *stamp(weight), *(stamp(getattr(weight, name)) for name in self._parts())
+        return {"weight": weight, **{name: getattr(weight, name) for name in self._parts()}}
 
     def direct(self) -> bool:
         """Never: whether the product is in float8 is decided at each call."""

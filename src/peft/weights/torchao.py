@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import BaseWeight, overwrite, stamp, untouched
+from .base import overwrite, untouched
+from .stored import StoredWeight
 from .through import read_through
 
 # Attributes that say how a tensor class rounds the activations; None: it leaves them as they are.
@@ -23,7 +24,7 @@ def is_torchao_tensor(weight: Any) -> bool:
     return isinstance(weight, torch.Tensor) and type(weight).__module__.partition(".")[0] == "torchao"
 
 
-class TorchaoWeight(BaseWeight):
+class TorchaoWeight(StoredWeight):
     """The weight of a linear layer that `torchao.quantization.quantize_` (or transformers' `TorchAoConfig`) changed.
 
     It is read by the tensor's own `dequantize`; the int4 classes have none and are read through their product. It is
@@ -49,10 +50,6 @@ class TorchaoWeight(BaseWeight):
         return self.layer.weight.dtype
 
     @property
-    def lossy(self) -> bool:
-        return True
-
-    @property
     def differentiable(self) -> bool:
         return _dequantises(self.layer.weight) and not self._rounds_input()
 
@@ -61,15 +58,8 @@ class TorchaoWeight(BaseWeight):
         float8 = getattr(weight, "activation_dtype", None) == torch.float8_e4m3fn
         return float8 or any(getattr(weight, name, None) is not None for name in _ACTIVATIONS)
 
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.rows(0, self.shape[0], dtype)
-
-    def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        self._check_rows(a, b)
-        with torch.inference_mode(False), torch.no_grad():  # torchao's tensors cannot be cut in inference mode
-            block = self._read(a, b)
-        return block if dtype is None else block.to(dtype)
-
+    @torch.inference_mode(False)  # where torchao's tensors cannot be cut
+    @torch.no_grad()
     def _read(self, a: int, b: int) -> torch.Tensor:
         weight = self.layer.weight.detach()
         if a == b:
@@ -120,10 +110,10 @@ class TorchaoWeight(BaseWeight):
         # Copied by its parts: some classes give another dtype to the scales when the whole tensor is moved.
         self._put(_rebuilt(snapshot, lambda part: part.to(self.device, copy=True)))
 
-    def key(self) -> tuple:
+    def tensors(self) -> dict[str, torch.Tensor]:
         # Writes to the whole tensor count a version of its own, writes to its parts one of theirs.
         weight = self.layer.weight
-        return *stamp(weight), *(stamp(getattr(weight, name)) for name in _parts(weight))
+        return {"": weight, **{name: getattr(weight, name) for name in _parts(weight)}}
 
     def direct(self) -> bool:
         """Also where the product would be another kernel's: what a weight-only class computes is x times its matrix."""
