@@ -2,17 +2,18 @@
 """The fused linear layer on every body: output and gradients against float64, shapes, dtypes, and what it saves."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from dora_truth import check, make_case, ours, reference, run
+from dora_truth import check, make_case, ours, quantised, reference, run
 from torch.utils.checkpoint import checkpoint
 
 from peft import dora
 from peft.dora.eager import DenseWeight
 from peft.dora.factors import NormCache
 
-RANKS = (1, 3, 8, 12, 16, 64, 384)
+RANKS = (1, 3, 8, 12, 16, 17, 64, 384, 520)  # 520: cuBLAS adds the branch in low precision too
 SMALL = {"tokens": (2, 9), "in_features": 33, "out_features": 37}
 
 
@@ -26,6 +27,81 @@ def dtypes(body, wanted):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_ranks(body, dtype, rank):
     check(make_case(**SMALL, rank=rank, dtype=dtypes(body, dtype), device=body.device), body.route)
+
+
+@pytest.mark.parametrize("rank", [3, 17, 80])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_several_tiles(body, dtype, bias, rank):
+    """Edges in the middle of a tile, in all directions: of the tiles that the body has (the interpreter's are small)."""
+    sizes = {"tokens": (3, 50), "in_features": 200, "out_features": 300}
+    if body.name == "interpreter":
+        sizes = {"tokens": (2, 13), "in_features": 40, "out_features": 35}
+    check(make_case(**sizes, rank=rank, dtype=dtypes(body, dtype), device=body.device, bias=bias), body.route)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_more_tokens_than_programs(body, dtype):
+    """The pass over dy then takes several blocks of rows a program, and the partial sums are many."""
+    if body.name == "torch":
+        pytest.skip("for kernels, and PyTorch where they run")
+    tokens = (50,) if body.name == "interpreter" else (16_500,)
+    case = make_case(tokens, in_features=16, out_features=37, rank=5, dtype=dtypes(body, dtype), device=body.device)
+    check(case, body.route)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("features", [64, 35])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_packed_weights(body, dtype, features, kind):
+    if body.name == "torch":
+        pytest.skip("tests/weights has it, and quantising is slow there")
+    case = make_case((2, 9), features, 37, rank=17, dtype=dtypes(body, dtype), device=body.device)
+    weight = quantised(kind, 37, features, body.device, dtype=dtype)
+    case.W, case.weight = weight.dense(dtype), lambda: weight
+    check(case, body.route)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wide", [("magnitude",), ("A",), ("B", "lora_bias")], ids="-".join)
+def test_parameters_of_several_dtypes(body, wide, dtype):
+    """Under autocast each parameter may have its own."""
+    case = make_case(**SMALL, lora_bias=True, device=body.device, dtype=torch.float32, autocast=dtypes(body, dtype))
+    for name in ("A", "B", "magnitude", "lora_bias"):
+        kind = torch.float32 if name in wide else dtype
+        case.tensors[name] = case.tensors[name].detach().to(kind).requires_grad_()
+    check(case, body.route)
+
+
+def shifted(tensor):
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return memory[1:].view(tensor.shape).copy_(tensor.detach())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_packed_bytes_that_begin_anywhere(body, kind):
+    if body.name == "torch":
+        pytest.skip("for kernels")
+    case = make_case((6,), 64, 21, rank=5, device=body.device)
+    weight = quantised(kind, 21, 64, body.device)
+    packed = weight.packed()
+    moved = dataclasses.replace(packed, data=shifted(packed.data))
+    weight.packed = lambda: moved
+    case.W, case.weight = weight.dense(torch.float32), lambda: weight
+    check(case, body.route)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tensors_that_begin_anywhere(body, dtype):
+    """One element past the beginning of their memory: 16 bytes at once can be read of none of them."""
+    case = make_case(
+        tokens=(2, 3), in_features=32, out_features=24, rank=8, dtype=dtypes(body, dtype), device=body.device
+    )
+    case.W, case.dy = shifted(case.W), shifted(case.dy)
+    case.tensors = {name: None if t is None else shifted(t).requires_grad_() for name, t in case.tensors.items()}
+    for case.cache in (None, NormCache()):
+        check(case, body.route)
+        check(case, body.route)
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["dora", "lora"])
@@ -71,26 +147,37 @@ def test_fan_in_fan_out(body):
     check(make_case(**SMALL, transposed=True, device=body.device), body.route)
 
 
-def test_input_that_is_not_contiguous(body):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_input_that_is_not_contiguous(body, dtype):
+    dtypes(body, dtype)
     for cut in (
         lambda x: x.transpose(0, 1),
         lambda x: x[..., ::2],
         lambda x: x[1:, :, 1:],
         lambda x: x.expand(7, *x.shape),
     ):
-        case = make_case(tokens=(4, 6), in_features=20, out_features=18, device=body.device)
-        view = cut(torch.randn(4, 6, 41, device=body.device))
-        case = make_case(tokens=view.shape[:-1], in_features=view.shape[-1], out_features=18, device=body.device)
+        view = cut(torch.randn(4, 6, 41, device=body.device).to(dtype))
+        case = make_case(view.shape[:-1], view.shape[-1], out_features=18, dtype=dtype, device=body.device)
         case.tensors["x"] = view.detach().requires_grad_()
         check(case, body.route)
 
 
-def test_gradient_that_is_not_contiguous(body):
-    case = make_case(tokens=(6, 4), device=body.device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gradient_that_is_not_contiguous(body, dtype):
+    case = make_case(tokens=(6, 4), dtype=dtypes(body, dtype), device=body.device)
     case.dy = case.dy.transpose(0, 1).contiguous().transpose(0, 1)
     check(case, body.route)
-    case.dy = torch.ones((), device=body.device).expand(6, 4, 40)
+    case.dy = torch.ones((), dtype=dtype, device=body.device).expand(6, 4, 40)
     check(case, body.route)
+
+
+def test_factors_that_are_not_contiguous(body):
+    for cache in (None, NormCache()):
+        case = make_case(**SMALL, rank=17, device=body.device)
+        case.cache = cache
+        for name in ("A", "B"):
+            case.tensors[name] = case.tensors[name].detach().t().contiguous().t().requires_grad_()
+        check(case, body.route)
 
 
 def test_zero_rows_have_gain_one(body):

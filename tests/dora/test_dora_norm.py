@@ -33,7 +33,7 @@ def check(weight, W, A, B, scaling, route):
     assert error <= 2 * allowed + floor and largest <= 2 * allowed_largest + floor
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8, 12, 16, 64, 384])
+@pytest.mark.parametrize("rank", [1, 3, 8, 12, 16, 17, 64, 384])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_ranks(body, dtype, rank):
     if dtype not in body.dtypes:
@@ -168,6 +168,17 @@ def test_packed_4bit(body, stored, kind, nested, out, features):
 def test_packed_8bit(body):
     weight = quantised("int8", 33, 70, body.device)
     _, A, B = factors(33, 70, 5, torch.float32, body.device)
+    check(weight, weight.dense(torch.float32), A, B, 0.75, body.route)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17, 80])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_packed_with_other_ranks_and_dtypes_of_the_factors(body, dtype, kind, rank):
+    if dtype not in body.dtypes:
+        pytest.skip(f"{body.name} does not compute in {dtype}")
+    weight = quantised(kind, 37, 192, body.device)
+    _, A, B = factors(37, 192, rank, dtype, body.device)
     check(weight, weight.dense(torch.float32), A, B, 0.75, body.route)
 
 

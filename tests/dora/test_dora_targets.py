@@ -31,7 +31,8 @@ NUMBERS = {"tokens": "i32", "steps": "i32", "scaling": "fp32", "out_features": "
 TABLE = {"table_ptr": "*i64", "digest_ptr": "*i64", "owners": "i32", "slot": "i32", "members": "i32", "floor": "fp32"}
 NORM = {
     "FACTOR_TYPE": tl.bfloat16, "SCALE_TYPE": tl.float32, "ZERO_TYPE": tl.float32, "GROUP_TYPE": None,
-    "MAGNITUDE_TYPE": tl.float32, "LAYOUT": 0, "EVEN_IN": True, "BLOCKSIZE": 0, "NESTED": 0, "ROWS": 0, "BITS": 0,
+    "MAGNITUDE_TYPE": tl.float32, "LAYOUT": 0, "EVEN_IN": True, "ALIGNED": True, "BLOCKSIZE": 0,
+    "NESTED": 0, "ROWS": 0, "BITS": 0,
     "COUNT": 0, "ROUND": 1, "RANK": 12, "BLOCK_M": 32, "BLOCK_K": 128, "BLOCK_R": 16,
     "STAGES": None,
 }  # fmt: skip

@@ -87,7 +87,7 @@ def cast_fwd_kernel(
     is_b = block >= blocks_a
     o = tl.where(is_b, block - blocks_a, block) * BLOCK + tl.arange(0, BLOCK)
     m = o < tl.load(p_row + ELEMENTS_A + is_b)
-    p_source = tl.multiple_of(tl.load(p_row + A + is_b).to(tl.pointer_type(SOURCE)), 4)
+    p_source = tl.load(p_row + A + is_b).to(tl.pointer_type(SOURCE))
     b_x = tl.load(p_source + o, mask=m, other=0.0)  # [BLOCK]
     if copy_ptr is not None:
         p_copy = copy_ptr + tl.multiple_of(tl.load(p_row + COPY_A + is_b), 16)
@@ -103,6 +103,7 @@ def norms_fwd_kernel(
     table_ptr, copy_ptr, digest_ptr, old_ptr, stats_ptr, owners, slot, members, floor,
     FACTOR_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr, ZERO_TYPE: tl.constexpr,
     GROUP_TYPE: tl.constexpr, MAGNITUDE_TYPE: tl.constexpr, LAYOUT: tl.constexpr, EVEN_IN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr,
     BITS: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
@@ -134,7 +135,9 @@ def norms_fwd_kernel(
         else:
             p_a = tl.load(p_row + A).to(tl.pointer_type(FACTOR_TYPE))
             p_b = tl.load(p_row + B).to(tl.pointer_type(FACTOR_TYPE))
-        p_w = tl.multiple_of(tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE)), 16)
+        p_w = tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_TYPE))
+        if ALIGNED:
+            p_w = tl.multiple_of(p_w, 16)
         p_scale = tl.load(p_row + SCALE).to(tl.pointer_type(SCALE_TYPE))
         p_code = tl.load(p_row + CODE).to(tl.pointer_type(tl.float32))
         p_outer = tl.load(p_row + OUTER).to(tl.pointer_type(tl.float32))
@@ -384,6 +387,7 @@ class Batch:
             type_of(first.magnitude),
             layout_of(source),
             all(member.a.shape[1] % 16 == 0 for member in self.members),
+            all(member.source.pointers[0].data_ptr() % 16 == 0 for member in self.members),
             *source.constants,
             self.rank,
             self.tiles.block_m,
