@@ -101,6 +101,22 @@ def refreshes(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are launched."""
+    from peft.dora.kernels.launch import Launch
+
+    seen = []
+    original = Launch.__call__
+
+    def launch(self, *tensors):
+        seen.append(self.function.fn.__name__ if hasattr(self.function, "fn") else self.function.__name__)
+        original(self, *tensors)
+
+    monkeypatch.setattr(Launch, "__call__", launch)
+    return seen
+
+
 def test_one_refresh_a_pass(model, refreshes):
     check(model)  # the first pass learns what the layers ask for
     refreshes.clear()
@@ -194,6 +210,50 @@ def test_moved_parameters(model):
         for p in trained(model):
             p.data = p.data.clone() * 1.01
         check(model)
+
+
+def test_weights_that_are_gathered_for_each_pass(model, launches, monkeypatch):
+    """As FSDP leaves them: all of a layer lies elsewhere at each pass, and W may be another one without a trace."""
+    from peft.dora.kernels.launch import Kernel
+
+    for layer in net_of(model).layers:
+        layer.base_layer._is_fsdp_managed_module = True
+    check(model)
+    made = []
+    for kind, name in ((factors.kernels().Batch, "__init__"), (Kernel, "prepare")):
+        original = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, f=original, **kwargs: (made.append(f), f(*args, **kwargs))[1])
+    for _ in range(3):
+        for p in model.parameters():
+            p.data = p.data.clone() * 1.01
+        check(model)
+        made.clear()
+        launches.clear()
+        results(model)
+        assert not made
+        assert launches.count("norms_fwd_kernel") == (4 if model.peft_config["default"].use_dora else 0)
+        assert "cast_fwd_kernel" not in launches  # there is nothing to compare with
+
+
+@pytest.mark.parametrize("part", ["W", "factors"])
+def test_addresses_that_kernels_cannot_take(body, part):
+    """Views that begin anywhere in a larger tensor, as FSDP's flat parameters have them."""
+    if body.route.path != "triton":
+        pytest.skip("the kernels' passes")
+    config = LoraConfig(r=4, target_modules=["layers.0"], use_dora=True, use_dora_triton=True, init_lora_weights=False)
+    model = get_peft_model(Net(), config, autocast_adapter_dtype=False).to(body.device, torch.float16)
+    expected = model(x_of(model).half())
+    moved = [p for name, p in model.named_parameters() if ("base_layer" in name) == (part == "W")]
+    for p in moved:
+        flat = torch.empty(p.numel() + 1, dtype=p.dtype, device=p.device)
+        flat[1:] = p.detach().flatten()
+        p.data = flat[1:].view(p.shape)
+        assert p.data_ptr() % 4 == 2
+    for _ in range(2):
+        assert torch.equal(model(x_of(model).half()), expected)
+    layer = net_of(model).layers[0]
+    source = factors.kernels().source_of(layer.norm_weight(), None)
+    assert source.pointers[0].data_ptr() % 16 == 0
 
 
 def test_copies_and_pickles(model):

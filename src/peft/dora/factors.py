@@ -202,9 +202,15 @@ class NormCache:
         kind = kernels().kind_of(member, dtype)
         batch, asked = self.batch, self.request
         stands = asked is not None and asked.key == key and asked.member.scaling == scaling
-        if batch is None or not stands or batch.kind != kind or batch.shapes != kernels().Batch.shapes_of([member]):
+        if batch is None or batch.kind != kind or batch.shapes != kernels().Batch.shapes_of([member]):
             batch = self.batch = kernels().Batch([member], dtype)
+        elif not stands:
+            batch.forget()
         batch.move([member], GAIN_FLOOR if floor else 0.0)
+        if getattr(weight, "comes_and_goes", False):
+            # Its shards may have been written to, which leaves no trace: nothing is kept for the next pass.
+            self.rest()
+            return factors_of(batch.refresh(keep=False), 0, member, packed)
         repeats = stands and asked.repeats(weight, A, B, scaling, dtype, magnitude, floor, norm)
         if not repeats or addresses_of([asked.member]) != addresses_of([member]):
             self._ask(Request(weight, A, B, scaling, dtype, magnitude, floor, norm, key, packed, member), repeats)
@@ -213,7 +219,7 @@ class NormCache:
     def _ask(self, request: Request, moved: bool) -> None:
         """Note what is asked for, so that the next pass over the model has it ready.
 
-        What lies elsewhere at every pass (sharded parameters do) is better asked for layer by layer.
+        What lies elsewhere at every pass is better asked for layer by layer.
         """
         self.request, self.shared = request, None
         self.moves += moved
@@ -258,7 +264,7 @@ def factors_of(done: Any, i: int, member: Any, packed: Any) -> Factors:
 def make_member(source: Any, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, scaling: float) -> Any:
     """A `kernels.Member` of parameters that may have two dtypes or be no contiguous blocks."""
     wide = torch.promote_types(A.dtype, B.dtype)
-    a, b = A.detach().to(wide).contiguous(), B.detach().to(wide).contiguous()
+    a, b = (factor.detach().to(wide).contiguous() for factor in (A, B))
     return kernels().Member(source, a, b, None if magnitude is None else magnitude.detach().contiguous(), scaling)
 
 

@@ -4,6 +4,7 @@ each pair, a second one brings norms and gains up to date where the digest says 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,12 +17,15 @@ from .launch import INTERPRETED, Kernel
 from .row_norm import PLAIN, Source, sum_squares
 from .tiles import ceil_div, norm_tiles
 
-# The columns of the table that tells the kernels where each member's tensors are.
-A, B, ELEMENTS_A, ELEMENTS_B = (tl.constexpr(i) for i in range(4))
-COPY_A, COPY_B, CAST_BLOCK, NORM_BLOCK = (tl.constexpr(i) for i in range(4, 8))
-WEIGHT, SCALE, CODE, OUTER, OUTER_CODE, OFFSET, ZERO, GROUP = (tl.constexpr(i) for i in range(8, 16))
-MAGNITUDE, SCALING, OUT, IN, SIZE_M, SIZE_K, STATS = (tl.constexpr(i) for i in range(16, 23))
+# The columns of the table that tells the kernels where each member's tensors are; the first ones change when it moves.
+A, B, MAGNITUDE = (tl.constexpr(i) for i in range(3))
+WEIGHT, SCALE, CODE, OUTER, OUTER_CODE, OFFSET, ZERO, GROUP = (tl.constexpr(i) for i in range(3, 11))
+SIZE_M, SIZE_K, SCALING = (tl.constexpr(i) for i in range(11, 14))
+PLACES = range(14)
+ELEMENTS_A, ELEMENTS_B, COPY_A, COPY_B, CAST_BLOCK, NORM_BLOCK = (tl.constexpr(i) for i in range(14, 20))
+OUT, IN, STATS = (tl.constexpr(i) for i in range(20, 23))
 COLUMNS = tl.constexpr(24)
+_NOTHING = (None,) * 8  # pointers of no weight
 
 SLOTS = 3  # digests of the last pass, of this one, and the zeros that the next one adds to
 ALIGNED = 16  # elements; so that every tensor in a shared buffer starts at a multiple of 16 bytes at least
@@ -218,8 +222,9 @@ class Batch:
             *accumulate(-(-self.rows * member.b.shape[0] // ALIGNED) * ALIGNED for member in members),
         ]
         self.tiles = norm_tiles(self.rank, first.source.constants[0] if self.norms else PLAIN, dtype.itemsize)
-        self.addresses: list[int] | None = None
+        self.places: list | None = None
         self._templates()
+        self._share_out()
         self.forget()
 
     @staticmethod
@@ -228,21 +233,18 @@ class Batch:
         return [(member.a.shape, member.b.shape) for member in members]
 
     def move(self, members: Sequence[Member], floor: float = 0.0) -> None:
-        """Serve members of the same shapes, kind, scaling and weights that may lie elsewhere in memory.
+        """Serve members of the same shapes and kind that may lie elsewhere in memory.
+
+        Where a weight or a scaling is another one, `forget` what the last pass left.
 
         Args:
             members: They.
             floor: Lift gains smaller than this to it.
         """
         self.members, self.floor = members, floor
-        tensors = [
-            tensor
-            for member in members
-            for tensor in (member.a, member.b, member.magnitude, *(member.source.pointers if member.source else ()))
-        ]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if addresses != self.addresses:
-            self.addresses = addresses
+        places = [place for member in members for place in _places(member)]
+        if places != self.places:
+            self.places = places
             self._locate()
 
     def _templates(self) -> None:
@@ -328,28 +330,21 @@ class Batch:
             )
         launch(self.table, copy, digests, old, stats)
 
-    def _locate(self) -> None:
-        """Write the table that tells the kernels where everything is."""
+    def _share_out(self) -> None:
+        """Write the part of the table that holds wherever the members lie: sizes, and which program serves which."""
         self.launches: dict = {}
         rows, cast_owners, norm_owners = [], [], []
         for i, member in enumerate(self.members):
-            rows.append(self._row(i, member, len(cast_owners), len(norm_owners)))
+            rows += self._row(i, member, len(cast_owners), len(norm_owners))
             blocks = sum(ceil_div(factor.numel(), self.block) for factor in (member.a, member.b))
             cast_owners += [i] * blocks
             norm_owners += [i] * ceil_div(member.b.shape[0], self.tiles.block_m) if self.norms else []
-        self.cast_owners, self.cast_blocks = len(rows) * COLUMNS.value, len(cast_owners)
+        self.cast_owners, self.cast_blocks = len(rows), len(cast_owners)
         self.norm_owners, self.norm_blocks = self.cast_owners + len(cast_owners), len(norm_owners)
-        flat = [entry for row in rows for entry in row]
-        table = torch.tensor(flat + cast_owners + norm_owners, dtype=torch.int64)
-        if self.device.type == "cuda":
-            table = table.pin_memory()
-        self.pinned = table
-        self.table = table.to(self.device, non_blocking=True)
+        self.fixed = torch.tensor(rows + cast_owners + norm_owners, dtype=torch.int64)
 
     def _row(self, i: int, member: Member, cast_block: int, norm_block: int) -> list[int]:
         row = {
-            A: member.a.data_ptr(),
-            B: member.b.data_ptr(),
             ELEMENTS_A: member.a.numel(),
             ELEMENTS_B: member.b.numel(),
             COPY_A: self.copy_offsets[2 * i],
@@ -359,16 +354,17 @@ class Batch:
             OUT: member.b.shape[0],
             IN: member.a.shape[1],
             STATS: self.stats_offsets[i],
-            SCALING: int(torch.tensor(member.scaling, dtype=torch.float32).view(torch.int32)),
-            MAGNITUDE: 0 if member.magnitude is None else member.magnitude.data_ptr(),
         }
-        if member.source is not None:
-            columns = WEIGHT, SCALE, CODE, OUTER, OUTER_CODE, OFFSET, ZERO, GROUP
-            pointers = [0 if p is None else p.data_ptr() for p in member.source.pointers]
-            row |= dict(zip(columns, pointers, strict=True))
-            row[SIZE_M], row[SIZE_K] = member.source.sizes
         entries = {column.value: value for column, value in row.items()}
         return [entries.get(column, 0) for column in range(COLUMNS.value)]
+
+    def _locate(self) -> None:
+        """Make the table that tells the kernels where everything is; who was told of the old one still has it."""
+        table = torch.empty_like(self.fixed, pin_memory=self.device.type == "cuda").copy_(self.fixed)
+        rows = table[: self.cast_owners].view(len(self.members), COLUMNS.value)
+        rows[:, : len(PLACES)] = torch.tensor(self.places).view(len(self.members), len(PLACES))
+        self.pinned = table
+        self.table = table.to(self.device, non_blocking=True)
 
     def _constants(self) -> tuple:
         first = self.members[0]
@@ -395,6 +391,15 @@ class Batch:
             self.tiles.block_r,
             self.tiles.stages if self.rank > self.tiles.block_r else None,
         )
+
+
+def _places(member: Member) -> list[int]:
+    """The columns `PLACES` of a member's row."""
+    source = member.source
+    pointers, sizes = (source.pointers, source.sizes) if source is not None else (_NOTHING, (0, 0))
+    tensors = member.a, member.b, member.magnitude, *pointers
+    scaling = int.from_bytes(struct.pack("<f", member.scaling), "little", signed=True)
+    return [*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes, scaling]
 
 
 def kind_of(member: Member, dtype: torch.dtype) -> tuple:
