@@ -14,17 +14,17 @@ from peft.weights.hqq import HqqWeight
 CASES = [
     *(
         pytest.param(GptqWeight, layouts.gptq, (bits, size), {"act_order": order}, id=f"gptq{bits}-{size}-{order}")
-        for bits, size in ((4, 32), (4, 96), (8, 32), (3, 32), (2, 64))
+        for bits, size in ((4, 32), (4, 96), (4, 24), (8, 32), (3, 32), (3, 12), (2, 64))
         for order in (False, True)
     ),
     *(
         pytest.param(AwqWeight, layouts.awq, (bits, size), {}, id=f"awq{bits}-{size}")
-        for bits, size in ((4, 32), (4, 96), (8, 32), (3, 16))
+        for bits, size in ((4, 32), (4, 96), (4, 24), (8, 32), (3, 16), (2, 12))
     ),
     *(
         pytest.param(HqqWeight, layouts.hqq, (bits, size), {"axis": axis}, id=f"hqq{bits}-{size}-{axis}")
-        for bits, size in ((4, 32), (8, 16), (2, 8), (1, 8))
-        for axis in (0, 1)
+        for bits, size, axes in ((4, 32, (0, 1)), (4, 24, (1,)), (8, 16, (0, 1)), (2, 8, (0, 1)), (1, 8, (0, 1)))
+        for axis in axes
     ),
 ]
 STORED = (torch.float32, torch.float16, torch.bfloat16)
@@ -68,6 +68,43 @@ def test_dequantised_bit_for_bit(body, reader, build, arguments, options, stored
     weight, matrix = make(reader, build, arguments, options, dtype=stored, device=body.device)
     for dtype in body.dtypes:
         assert torch.equal(kernels.dequantise(weight.packed(), dtype), matrix.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("reader", "build", "arguments", "options"),
+    [
+        (GptqWeight, layouts.gptq, (4, 32), {}),
+        (GptqWeight, layouts.gptq, (3, 32), {"act_order": True}),
+        (AwqWeight, layouts.awq, (4, 96), {}),
+        (HqqWeight, layouts.hqq, (4, 32), {"axis": 0}),
+        (HqqWeight, layouts.hqq, (2, 8), {"axis": 1}),
+    ],
+)
+def test_in_parts_and_again(body, reader, build, arguments, options, monkeypatch):
+    """Parts of rows are those of the whole, and a kept launch does what the first one did."""
+    if body.route.path != "triton":
+        pytest.skip("for kernels")
+    from peft.dora import kernels
+
+    weight, matrix = make(reader, build, arguments, options, shape=(192, 96), device=body.device)
+    assert kernels.row_parts(weight.packed(), torch.float16) is None
+    monkeypatch.setattr(kernels, "PART_BYTES", 192 * 96 * 2 // 2)
+    launches, parts = {}, kernels.row_parts(weight.packed(), torch.float16)
+    assert parts == [(0, 128), (128, 192)]
+    for _ in range(2):
+        found = [kernels.dequantise(weight.packed(), torch.float16, launches, part) for part in parts]
+        assert torch.equal(torch.cat(found), matrix)
+        assert len(launches) == 2
+
+
+def test_neighbours_are_told_from_any_order():
+    """GPTQ's `g_idx` is looked at once for as long as it stands, and the kernels are told what it says."""
+    layer, _ = layouts.gptq((64, 96), 4, 32, torch.float16)
+    weight = GptqWeight(layer)
+    assert weight.packed().groups is None and weight.packed().blocksize == 32
+    with torch.no_grad():
+        layer.g_idx[:2] = layer.g_idx[-2:].clone()
+    assert torch.equal(weight.packed().groups, layer.g_idx) and weight.packed().blocksize is None
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,34 @@ def beside_of(gradient):
     return "beside", "beside4_kernel", types, constants | {"BLOCK_I": 64, "BLOCK_C": 64, "BLOCK_R": 16}
 
 
+UNPACK_GROUPS = {
+    "words_ptr": "*i32", "scale_ptr": BF16, "zero_ptr": "*i32", "group_ptr": "*i32", "w_ptr": BF16,
+    **dict.fromkeys(("first", "last", "out_features", "in_features", "plane_rows", "cycle_rows"), "i32"),
+}  # fmt: skip
+GPTQ, AWQ, INTERLEAVED, HQQ_ALONG, HQQ_ACROSS = 32, 33, 34, 40, 41
+
+
+def unpack_groups(layout, group, bits, count=1, **pointers):
+    """None for a pointer says that it is not given."""
+    constants = {
+        "LAYOUT": layout,
+        "GROUP": group,
+        "BITS": bits,
+        "COUNT": count,
+        "ROUND": 1,
+        "BLOCK_M": 64,
+        "BLOCK_K": 64,
+    }
+    absent = {name: None for name, pointer in pointers.items() if pointer is None}
+    return "packed_groups", "dequantise_groups_kernel", UNPACK_GROUPS | pointers, constants | absent
+
+
+def norm_of_groups(layout, group, bits, count=1, weight=tl.int32, zero=tl.int32, order=None):
+    types = {"SCALE_TYPE": tl.bfloat16, "ZERO_TYPE": zero, "GROUP_TYPE": order, "LAYOUT": 2}
+    return norm_of(weight, **types, FORMAT=layout, BLOCKSIZE=group, BITS=bits, COUNT=count)
+
+
+HQQ = {"words_ptr": "*u8", "zero_ptr": BF16, "group_ptr": None}
 KERNELS = {
     "cast": ("refresh", "cast_fwd_kernel", TABLE | {"copy_ptr": BF16}, {"SOURCE": tl.float32, "BLOCK": 4096}),
     "norm of a plain weight": norm_of(tl.bfloat16, FORMAT=0),
@@ -107,9 +135,22 @@ KERNELS = {
     "4 bits beside dhᵀ x": beside_of(True),
     "dequantise 8 bits": (
         "packed8", "dequantise8_kernel",
-        {"data_ptr": "*i8", "scb_ptr": FP32, "w_ptr": BF16, "out_features": "i32", "in_features": "i32"},
+        {
+            "data_ptr": "*i8", "scb_ptr": FP32, "w_ptr": BF16, "first": "i32", "last": "i32", "out_features": "i32",
+            "in_features": "i32",
+        },
         {"BLOCK_M": 8, "BLOCK_K": 512},
     ),
+    "dequantise GPTQ": unpack_groups(GPTQ, 128, 4, group_ptr=None),
+    "dequantise GPTQ in any order": unpack_groups(GPTQ, 0, 4),
+    "dequantise GPTQ of 3 bits": unpack_groups(GPTQ, 32, 3, group_ptr=None),
+    "dequantise AWQ": unpack_groups(INTERLEAVED, 128, 4, group_ptr=None),
+    "dequantise HQQ": unpack_groups(HQQ_ALONG, 64, 4, 2, **HQQ),
+    "dequantise HQQ across": unpack_groups(HQQ_ACROSS, 0, 4, 2, **HQQ),
+    "norm of GPTQ": norm_of_groups(GPTQ, 128, 4),
+    "norm of GPTQ in any order": norm_of_groups(GPTQ, 0, 4, order=tl.int32),
+    "norm of AWQ": norm_of_groups(INTERLEAVED, 128, 4),
+    "norm of HQQ": norm_of_groups(HQQ_ALONG, 64, 4, 2, tl.uint8, tl.bfloat16),
 }  # fmt: skip
 
 

@@ -37,9 +37,9 @@ def dequantise(packed, dtype, launches=None, rows=None):
         rows: The first row and the one after the last, where `row_parts` gave them; None for all.
     """
     if packed.kind in GROUPED:
-        return dequantise_groups(packed, dtype)
+        return dequantise_groups(packed, dtype, launches, rows)
     if packed.kind == "int8":
-        return dequantise_packed8(packed, dtype, launches)
+        return dequantise_packed8(packed, dtype, launches, rows)
     return dequantise_packed4(packed, dtype, launches, rows)
 
 
@@ -52,7 +52,7 @@ def row_parts(packed, dtype):
     """
     out_features, in_features = packed.shape
     parts = -(-out_features * in_features * dtype.itemsize // PART_BYTES)
-    if parts < 2 or packed.kind not in ("nf4", "fp4"):
+    if parts < 2:
         return None
     multiple = max(128, packed.blocksize)  # rows, so that every part begins with a block
     step = -(-out_features // parts // multiple) * multiple

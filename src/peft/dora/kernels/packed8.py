@@ -26,29 +26,42 @@ def load_weight8(data_ptr, scb_ptr, o_m, k, out_features, in_features, BLOCK_K: 
 
 @triton.jit
 def dequantise8_kernel(
-    data_ptr, scb_ptr, w_ptr, out_features, in_features, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    data_ptr, scb_ptr, w_ptr, first, last, out_features, in_features, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = first + tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_K
     o_k = k + tl.arange(0, BLOCK_K)
     b_w = load_weight8(data_ptr, scb_ptr, o_m, k, out_features, in_features, BLOCK_K)  # [BLOCK_M, BLOCK_K]
-    p_w = w_ptr + o_m[:, None] * in_features + o_k[None, :]
-    m_w = (o_m < out_features)[:, None] & (o_k < in_features)[None, :]
+    p_w = w_ptr + (o_m - first)[:, None] * in_features + o_k[None, :]
+    m_w = (o_m < last)[:, None] & (o_k < in_features)[None, :]
     tl.store(p_w, b_w.to(w_ptr.dtype.element_ty), mask=m_w)
 
 
 _dequantise8 = Kernel(dequantise8_kernel)
 
 
-def dequantise_packed8(packed: Any, dtype: torch.dtype, launches: dict | None = None) -> torch.Tensor:
-    """The matrix `[out, in]` of int8 rows: data times scb / 127 in float32, rounded once to `dtype`."""
-    out_features, in_features = packed.shape
-    w = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
-    block_m, block_k = (8, 16) if INTERPRETED else (8, 512)
-    _dequantise8(
-        (ceil_div(out_features, block_m), ceil_div(in_features, block_k), 1),
-        (packed.data, packed.scb, w),
-        (out_features, in_features),
-        (block_m, block_k),
-    )
+def dequantise_packed8(
+    packed: Any, dtype: torch.dtype, launches: dict | None = None, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """The matrix `[out, in]` of int8 rows: data times scb / 127 in float32, rounded once to `dtype`.
+
+    Args:
+        packed: The bytes.
+        dtype: That of the matrix.
+        launches: Where the launches are kept.
+        rows: The first row and the one after the last; None for all.
+    """
+    first, last = (0, packed.shape[0]) if rows is None else rows
+    w = torch.empty((last - first, packed.shape[1]), dtype=dtype, device=packed.data.device)
+    key = "dequantise", rows
+    launch = None if launches is None else launches.get(key)
+    if launch is None:
+        block_m, block_k = (8, 16) if INTERPRETED else (8, 512)
+        launch = _dequantise8.prepare(
+            (ceil_div(w.shape[0], block_m), ceil_div(w.shape[1], block_k), 1),
+            (first, last, *packed.shape),
+            (block_m, block_k),
+            keep=(launches, key),
+        )
+    launch(packed.data, packed.scb, w)
     return w
