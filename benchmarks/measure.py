@@ -12,21 +12,29 @@ import json
 import platform
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from registry import CASES, IMPLEMENTATIONS, PACKED, Case, Implementation
+from steps import SEED, adapter_name, loss_of, make_step, stored_dtype
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 MARK = "ROW "
-SEED = 20260322
-LEARNING_RATE = 1e-4
+WITHOUT_MASK = "sdpa_without_mask"
 
 
-def llama_config(case: Case) -> LlamaConfig:
+def attention_of(mode: str) -> str:
+    """The attention's name for transformers. Under capture it would build a mask; without one SDPA is causal all the same."""
+    if mode != "graph":
+        return "sdpa"
+    AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
+    return WITHOUT_MASK
+
+
+def llama_config(case: Case, mode: str) -> LlamaConfig:
     widths = case.widths
     return LlamaConfig(
         vocab_size=widths.vocab,
@@ -38,13 +46,8 @@ def llama_config(case: Case) -> LlamaConfig:
         max_position_embeddings=max(case.seq, 2048),
         use_cache=False,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(mode),
     )
-
-
-def stored_dtype(case: Case) -> torch.dtype:
-    """Of what is not packed, and of the packed layers' products."""
-    return torch.float32 if case.base == "fp32" else torch.bfloat16
 
 
 def nf4_linear(linear: nn.Linear, weight: torch.Tensor, storage: torch.dtype) -> nn.Module:
@@ -127,9 +130,9 @@ def materialize(model: nn.Module, case: Case, storage: torch.dtype) -> None:
                 setattr(module, name, packed_linear(child, weight, case, storage))
 
 
-def build_base(case: Case, storage: torch.dtype = torch.uint8) -> nn.Module:
+def build_base(case: Case, storage: torch.dtype = torch.uint8, mode: str = "eager") -> nn.Module:
     """The frozen base of `case` on its device; NF4's bytes are kept in `storage`."""
-    config = llama_config(case)
+    config = llama_config(case, mode)
     with torch.device("meta"):
         model = LlamaMLP(config) if case.mlp else LlamaForCausalLM(config)
     materialize(model, case, storage)
@@ -140,73 +143,46 @@ def build_base(case: Case, storage: torch.dtype = torch.uint8) -> nn.Module:
     if case.base == "nf4":
         model.is_loaded_in_4bit = True
     model.requires_grad_(False)
+    if case.kind != "train":
+        return model.eval()
     if not case.mlp:
         if case.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # A stream that is being captured cannot tell the state of its generator; nothing here draws from it.
+            options = {"use_reentrant": False, "preserve_rng_state": mode != "graph"}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()
     return model.train()
 
 
 def add_adapter(model: nn.Module, case: Case, implementation: Implementation) -> nn.Module:
-    """Wraps `model` by whichever `peft` is imported; both packages start from the same A, and so train the same."""
+    """Wraps `model` by whichever `peft` is imported; both packages start from the same factors, and so do the same."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=case.rank, lora_alpha=2 * case.rank, target_modules=list(case.targets), **implementation.config
     )
     model = get_peft_model(model, config)
-    seed_factors(model, case.device)
-    return model
+    for i in range(1, case.adapters):
+        model.add_adapter(adapter_name(i), config)
+    seed_factors(model, case.device, branch=case.kind != "train")
+    return model if case.kind == "train" else model.eval()
 
 
-def seed_factors(model: nn.Module, device: str) -> None:
-    """Gives every A of an adapted model the same start, whichever package made it: normal, of variance 1/in."""
+def seed_factors(model: nn.Module, device: str, branch: bool = False) -> None:
+    """Gives every A of an adapted model the same start, whichever package made it: normal, of variance 1/in.
+
+    With `branch` B gets values too, so that the branch adds something.
+    """
     generator = torch.Generator(device).manual_seed(SEED + 1)
-    trained = sorted((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    for name, parameter in trained:
+    for name, parameter in sorted(model.named_parameters()):
         if "lora_A" in name:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+        elif "lora_B" in name and branch:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
 
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
-
-
-def make_step(model: nn.Module, case: Case):
-    """A function that runs one optimizer step of `case` and returns its (mean) loss as a tensor on the device."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True) if trained else None
-    generator = torch.Generator(case.device).manual_seed(SEED + 2)
-    low = stored_dtype(case) != torch.float32
-    if case.mlp:
-        shape = (case.batch, case.seq, case.widths.hidden)
-        values = torch.randn(2, *shape, device=case.device, generator=generator).to(stored_dtype(case))
-        x, dy = values[0].clone().requires_grad_(), values[1].clone()
-    else:
-        shape = (case.accumulation, case.batch, case.seq)
-        ids = torch.randint(case.widths.vocab, shape, device=case.device, generator=generator)
-
-    def forward_backward(i: int) -> torch.Tensor:
-        with torch.autocast(case.device, torch.bfloat16) if low else nullcontext():
-            if case.mlp:
-                out = model(x)
-            else:
-                loss = model(input_ids=ids[i], labels=ids[i]).loss / case.accumulation
-        if case.mlp:
-            out.backward(dy.to(out.dtype))
-            x.grad = None
-            return (out.detach().float() * dy.float()).mean()
-        loss.backward()
-        return loss.detach()
-
-    def step() -> torch.Tensor:
-        total = sum(forward_backward(i) for i in range(case.accumulation))
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return total
-
-    return step
 
 
 def allocated_mib(device: str) -> tuple[float, float]:
@@ -233,11 +209,12 @@ def timed_steps(step, case: Case) -> dict:
             torch.cuda.reset_peak_memory_stats()
         synchronize()
         begin = time.perf_counter()
-        loss = step()
+        result = step()
         synchronize()
         if i >= case.warm:
             times.append(1e3 * (time.perf_counter() - begin))
-        losses.append(loss.item())
+        losses.append(loss_of(result, case))
+        del result
     _, peak = allocated_mib(case.device)
     quantiles = torch.quantile(torch.tensor(times, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
     p20, p50, p80 = (round(value, 3) for value in quantiles.tolist())
@@ -282,10 +259,10 @@ def measure(case: Case, implementation: Implementation, source: Path) -> dict:
     if case.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"case {case.name} needs a GPU, and torch sees none")
     torch.manual_seed(SEED)
-    model = build_base(case)
+    model = build_base(case, mode=implementation.mode)
     if implementation.package is not None:
         model = add_adapter(model, case, implementation)
-    row = timed_steps(make_step(model, case), case)
+    row = timed_steps(make_step(model, case, implementation.mode), case)
     row["device"] = device_name(case.device)
     row["versions"] = versions_of(implementation, source)
     return row

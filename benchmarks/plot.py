@@ -25,6 +25,8 @@ LABELS = {
     "lora": "LoRA, ours",
     "dora": "DoRA, ours, PyTorch",
     "dora-triton": "DoRA, ours, Triton",
+    "dora-triton-graph": "the same in a CUDA graph",
+    "dora-triton-compiled": "the same, compiled",
 }
 COLOURS = {
     "floor": "#b0b0b0",
@@ -33,6 +35,8 @@ COLOURS = {
     "lora": "#7fb7be",
     "dora": "#3d7ea6",
     "dora-triton": "#1b3a5c",
+    "dora-triton-graph": "#6a4c93",
+    "dora-triton-compiled": "#8ac926",
 }
 
 
@@ -67,7 +71,7 @@ def draw(path: Path) -> Path | None:
     runs = latest_runs(rows)
     runs = {name: runs[name] for name in CASES if name in runs}
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(max(7.0, 2.2 * len(runs)), 8), layout="constrained")
-    draw_panel(upper, runs, "p50_ms", "time of an optimizer step, relative to upstream's LoRA (ms above the bars)")
+    draw_panel(upper, runs, "p50_ms", "time of a step, relative to upstream's LoRA (ms above the bars)")
     draw_panel(lower, runs, "peak_mib", "peak memory, relative to upstream's LoRA (MiB above the bars)")
     names = [name for name in IMPLEMENTATIONS if any(name in run for run in runs.values())]
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name], label=LABELS[name]) for name in names]

@@ -42,11 +42,14 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Case:
-    """One training step to measure.
+    """One step to measure.
 
     `base` is how the frozen weights are stored: `"bf16"`, `"fp32"`, `"nf4"` (nested scales), `"gptq"` or `"hqq"` (4 bits,
-    `group` elements a scale); the packed ones compute in bf16. A step runs `accumulation` micro-batches of `batch` × `seq` tokens. `steps` are timed after `warm` that are not. `mlp`
-    is one SwiGLU block without a model around it; its memory is counted from the start of the step.
+    `group` elements a scale); the packed ones compute in bf16. A step of `kind` `"train"` runs `accumulation`
+    micro-batches of `batch` × `seq` tokens forward and backward, then the optimizer; one of `"prefill"` runs `batch` ×
+    `seq` tokens forward, one of `"decode"` a token of each of `batch` sequences that have `seq` tokens behind them.
+    `steps` are timed after `warm` that are not. `mlp` is one SwiGLU block without a model around it; its memory is
+    counted from the start of the step. With several `adapters` the rows of a batch have them in turn.
     """
 
     name: str
@@ -64,10 +67,12 @@ class Case:
     group: int = 64
     warm: int = 3
     steps: int = 8
+    kind: str = "train"
+    adapters: int = 1
 
     @property
     def tokens(self) -> int:
-        return self.batch * self.seq * self.accumulation
+        return self.batch * (1 if self.kind == "decode" else self.seq) * self.accumulation
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -76,11 +81,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Implementation:
-    """Who computes: `package` is `"ours"`, `"upstream"` or None (the frozen base alone); `config` is for LoraConfig."""
+    """Who computes: `package` is `"ours"`, `"upstream"` or None (the frozen base alone); `config` is for LoraConfig.
+
+    `mode` is how: `"eager"`, `"graph"` (the step is captured into a CUDA graph and replayed) or `"compiled"` (each decoder
+    layer by torch.compile).
+    """
 
     name: str
     package: str | None
     config: dict[str, bool]
+    mode: str = "eager"
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,16 @@ class Goal:
     memory: float | None = None
     at_most_ms: float | None = None
     less_mib: float | None = None
+
+
+def decode(name: str, base: str, batch: int, adapters: int = 1) -> Case:
+    """A case of decoding at 8B widths: one token of each sequence of a batch."""
+    what = "a token" if batch == 1 else f"a token of {batch} sequences"
+    what += f", 512 of context, 8B×8, {'NF4' if base == 'nf4' else base}, r 16"
+    what += "" if adapters == 1 else f", {adapters} adapters in the batch"
+    return Case(
+        name, what, LLAMA_8B, 8, base, batch, 512, 16, False, warm=8, steps=30, kind="decode", adapters=adapters
+    )
 
 
 CASES = {
@@ -121,12 +141,26 @@ CASES = {
             "cpu", "one SwiGLU MLP of 1,024 × 2,816 on the CPU, fp32, 256 tokens, r 16", Widths(1024, 2816, 16, 16), 1, "fp32",
             1, 256, 16, False, "cpu", mlp=True, warm=5, steps=30,
         ),
+        decode("d1", "bf16", 1),
+        decode("d1b8", "bf16", 8),
+        decode("d1b64", "bf16", 64),
+        decode("d1x2", "bf16", 8, adapters=2),
+        decode("d2", "nf4", 1),
+        decode("d2b8", "nf4", 8),
+        decode("d2b64", "nf4", 64),
+        Case("d3", "prefill of 2,048 tokens, 8B×8, bf16, r 16", LLAMA_8B, 8, "bf16", 1, 2048, 16, False, steps=15, kind="prefill"),
         Case("tiny", "a tiny decoder on the CPU, fp32, r 4", TINY, 2, "fp32", 1, 32, 4, False, "cpu"),
         Case("tiny-bf16", "a tiny decoder on the CPU, bf16, r 4, checkpointing", TINY, 2, "bf16", 1, 32, 4, True, "cpu"),
         Case("tiny-nf4", "a tiny decoder on the CPU, NF4, r 4", TINY, 2, "nf4", 1, 32, 4, False, "cpu", accumulation=2),
         Case("tiny-gptq", "a tiny decoder on the CPU, GPTQ, r 4", TINY, 2, "gptq", 1, 32, 4, True, "cpu", group=32),
         Case("tiny-hqq", "a tiny decoder on the CPU, HQQ, r 4", TINY, 2, "hqq", 1, 32, 4, True, "cpu", group=32),
         Case("tiny-mlp", "a tiny SwiGLU MLP on the CPU, fp32, r 4", TINY, 1, "fp32", 1, 32, 4, False, "cpu", mlp=True),
+        Case("tiny-decode", "a token of a tiny decoder on the CPU, fp32, r 4", TINY, 2, "fp32", 1, 16, 4, False, "cpu", kind="decode"),
+        Case(
+            "tiny-decode-x2", "a token of 4 sequences with 2 adapters, a tiny decoder on the CPU, fp32, r 4", TINY, 2, "fp32",
+            4, 16, 4, False, "cpu", kind="decode", adapters=2,
+        ),
+        Case("tiny-prefill", "prefill of a tiny decoder on the CPU, bf16, r 4", TINY, 2, "bf16", 1, 32, 4, False, "cpu", kind="prefill"),
     )
 }  # fmt: skip
 
@@ -139,14 +173,21 @@ IMPLEMENTATIONS = {
         Implementation("lora", "ours", {}),
         Implementation("dora", "ours", {"use_dora": True}),
         Implementation("dora-triton", "ours", {"use_dora": True, "use_dora_triton": True}),
+        Implementation("dora-triton-graph", "ours", {"use_dora": True, "use_dora_triton": True}, "graph"),
+        Implementation("dora-triton-compiled", "ours", {"use_dora": True, "use_dora_triton": True}, "compiled"),
     )
 }
-# What a plain run measures of a case; the full 70B has one comparison to make, and each of its steps is long.
+EAGER = [name for name, implementation in IMPLEMENTATIONS.items() if implementation.mode == "eager"]
+# What a plain run measures of a case: all eager ones, but for these. The full 70B has one comparison to make, and each of
+# its steps is long; upstream refuses two DoRA adapters in one batch.
 IMPLEMENTATIONS_OF = {
     "70b": ["upstream-dora", "dora-triton"],
     "cpu": ["upstream-lora", "upstream-dora", "lora", "dora"],
     "c4-gptq": ["lora", "dora", "dora-triton"],
     "c4-hqq": ["lora", "dora", "dora-triton"],
+    "d1x2": ["upstream-lora", "lora", "dora", "dora-triton"],
+    "tiny-decode-x2": ["upstream-lora", "lora", "dora"],
+    **dict.fromkeys(("c1", "c4", "d1", "d2"), [*EAGER, "dora-triton-graph", "dora-triton-compiled"]),
 }
 # The package whose layers hold a packed base, of half a byte an element.
 PACKED = {"nf4": "bitsandbytes", "gptq": "gptqmodel", "hqq": "hqq"}
@@ -164,6 +205,11 @@ GOALS = (
     Goal("m1", "dora-triton", None, at_most_ms=5.6),
     Goal("cpu", "dora", "upstream-dora", time=0.60, memory=0.60),
     Goal("70b", "dora-triton", "upstream-dora", time=0.40, less_mib=4500),
+    Goal("c4", "dora-triton-graph", "upstream-lora", time=0.45),
+    Goal("c4", "dora-triton-compiled", "upstream-lora", time=0.45),
+    *(Goal(name, "dora-triton", "upstream-lora", time=0.55, memory=1.0) for name in ("d1", "d1b8", "d1b64", "d1x2")),
+    *(Goal(name, "dora-triton", "upstream-lora", time=0.60, memory=1.0) for name in ("d2", "d2b8", "d2b64")),
+    Goal("d3", "dora-triton", "upstream-lora", time=0.70, memory=1.0),
 )
 
 # What losses.py trains in (the base's dtype, and autocast's where it is a low one), and how far from upstream's its
@@ -180,7 +226,7 @@ H100_BYTES = 3.0e12
 
 def implementations_of(case: Case) -> list[str]:
     """The names of the implementations that a plain run measures of `case`."""
-    return IMPLEMENTATIONS_OF.get(case.name, list(IMPLEMENTATIONS))
+    return IMPLEMENTATIONS_OF.get(case.name, EAGER)
 
 
 def predict_ms(case: Case, implementation: Implementation) -> float | None:
@@ -190,30 +236,50 @@ def predict_ms(case: Case, implementation: Implementation) -> float | None:
     Only our implementations and the floor are predicted. Per linear layer and micro-batch of T tokens: the base costs
     2·T·out·in operations forward (twice under checkpointing) and as much backward; the branch 2·T·r·(in + out) forward
     and twice that backward. Our branch adds one read and write of the output forward, and DoRA's backward reads dy
-    and y and writes g∘dy; a norm reads W once a step. A quantised weight is dequantised once a direction.
+    and y and writes g∘dy; a norm reads W once a step. A quantised weight is dequantised once a direction. Without a
+    backward pass the forward part alone counts, and for a few tokens that the weights are read.
     """
     if implementation.package == "upstream" or case.device != "cuda":
         return None
-    tokens = case.tokens
-    forwards = 2 if case.checkpointing else 1
     operations, traffic = 0.0, 0.0
     for name, (rows, columns) in case.widths.linears().items():
-        if name not in case.targets:
-            continue
-        operations += 2 * tokens * rows * columns * (forwards + 1)
-        stored = 0.5 if case.base in PACKED else 2
-        if case.base in PACKED:
-            traffic += (forwards + 1) * case.accumulation * rows * columns * (stored + 2)
-        if implementation.package is None:
-            continue
-        operations += 2 * tokens * case.rank * (rows + columns) * (forwards + 2)
-        traffic += forwards * 2 * tokens * rows * 2
-        if implementation.config.get("use_dora"):
-            traffic += 3 * tokens * rows * 2
-            traffic += rows * columns * stored
-    layers = case.layers
-    if not case.mlp:
+        if name in case.targets:
+            layer = _predict_training(case, implementation, rows, columns)
+            if case.kind != "train":
+                layer = _predict_inference(case, implementation, rows, columns)
+            operations, traffic = operations + layer[0], traffic + layer[1]
+    layers, head = case.layers, case.widths.hidden * case.widths.vocab
+    if case.kind != "train":
+        operations += 2 * case.batch * head / layers  # the logits of each sequence's last token
+        traffic += 2 * head / layers
+    elif not case.mlp:
         # The head's product forward and backward, and the fp32 logits with their softmax and gradient.
-        operations += 4 * tokens * case.widths.hidden * case.widths.vocab / layers
-        traffic += 5 * tokens * case.widths.vocab * 4 / layers
+        operations += 4 * case.tokens * head / layers
+        traffic += 5 * case.tokens * case.widths.vocab * 4 / layers
     return 1e3 * layers * (operations / H100_FLOPS + traffic / H100_BYTES)
+
+
+def _predict_training(case: Case, implementation: Implementation, rows: int, columns: int) -> tuple[float, float]:
+    """Operations and bytes of one linear layer in a training step."""
+    tokens = case.tokens
+    forwards = 2 if case.checkpointing else 1
+    operations = 2 * tokens * rows * columns * (forwards + 1)
+    traffic = (forwards + 1) * case.accumulation * rows * columns * 2.5 if case.base in PACKED else 0.0
+    if implementation.package is None:
+        return operations, traffic
+    operations += 2 * tokens * case.rank * (rows + columns) * (forwards + 2)
+    traffic += forwards * 2 * tokens * rows * 2
+    if implementation.config.get("use_dora"):
+        traffic += 3 * tokens * rows * 2
+        traffic += rows * columns * (0.5 if case.base in PACKED else 2)
+    return operations, traffic
+
+
+def _predict_inference(case: Case, implementation: Implementation, rows: int, columns: int) -> tuple[float, float]:
+    """Operations and bytes of one linear layer in a forward pass alone."""
+    operations = 2 * case.tokens * rows * columns
+    traffic = rows * columns * (0.5 if case.base in PACKED else 2)
+    if implementation.package is not None:
+        operations += 2 * case.tokens * case.rank * (rows + columns)
+        traffic += 4 * case.adapters * case.rank * (rows + columns)  # float32 factors, looked at in every pass
+    return operations, traffic

@@ -1,8 +1,8 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Writes the table of measured results into the pages that quote it; what has no row that may be quoted is not written.
+"""Writes the tables of measured results into the pages that quote them; what has no row that may be quoted is not written.
 
-python table.py            # print it
-python table.py --write    # put it between the marks in README.md and docs/source/methods/dora_triton.md
+python table.py            # print them
+python table.py --write    # put them between the marks in README.md and in pages of docs/source
 python table.py --check    # fail if a page says something else than the rows
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from registry import CASES, IMPLEMENTATIONS
@@ -17,7 +18,7 @@ from rows import RESULTS, ROOT, files, has_curves, latest_runs, read
 from verify import curves_apart, faults, faults_of_curves
 
 BEGIN, END = "<!-- results: begin (benchmarks/table.py) -->", "<!-- results: end -->"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "source" / "methods" / "dora_triton.md"]
+GUIDES = ROOT / "docs" / "source" / "developer_guides"
 COLUMNS = {
     "floor": "no adapter",
     "upstream-lora": "upstream LoRA",
@@ -25,11 +26,35 @@ COLUMNS = {
     "lora": "our LoRA",
     "dora": "our DoRA, PyTorch",
     "dora-triton": "**our DoRA, Triton**",
+    "dora-triton-graph": "in a CUDA graph",
+    "dora-triton-compiled": "compiled",
 }
+GRAPHS = ["upstream-lora", "dora-triton", "dora-triton-graph", "dora-triton-compiled"]
 NOTHING = (
-    "No row of a GPU stands in the repository yet. `make bench` on a machine with one measures ours beside upstream, "
-    "stores the rows in `benchmarks/results/`, and fills this place."
+    "No row of a GPU stands in the repository for this yet. `make bench` on a machine with one measures ours beside "
+    "upstream, stores the rows in `benchmarks/results/`, and fills this place."
 )
+
+
+@dataclass(frozen=True)
+class Quoted:
+    """What a page quotes: the cases of some kinds, or all that were measured with one of `needed`; of `columns`."""
+
+    kinds: tuple[str, ...]
+    columns: list[str]
+    needed: tuple[str, ...] = tuple(COLUMNS)
+
+    def wants(self, case: str, run: dict[str, dict]) -> bool:
+        return CASES[case].kind in self.kinds and any(name in run for name in self.needed)
+
+
+TRAINING = Quoted(("train",), list(COLUMNS)[:6])
+PAGES = {
+    ROOT / "README.md": TRAINING,
+    ROOT / "docs" / "source" / "methods" / "dora_triton.md": TRAINING,
+    GUIDES / "inference.md": Quoted(("decode", "prefill"), list(COLUMNS)),
+    GUIDES / "torch_compile.md": Quoted(("train", "decode"), GRAPHS, tuple(GRAPHS[2:])),
+}
 
 
 def cell(run: dict[str, dict], name: str) -> str:
@@ -44,20 +69,20 @@ def cell(run: dict[str, dict], name: str) -> str:
     return text
 
 
-def table_of(path: Path) -> str | None:
-    """The table of one file's rows; None if none of them may be quoted."""
+def table_of(path: Path, quoted: Quoted = TRAINING) -> str | None:
+    """The table of one file's rows, as far as a page quotes them; None if none of them may be quoted."""
     rows = read(path)
     runs = latest_runs([row for row in rows if not faults(row, rows)])
-    runs = {name: runs[name] for name in CASES if name in runs}
+    runs = {name: runs[name] for name in CASES if name in runs and quoted.wants(name, runs[name])}
     if not runs:
         return None
-    columns = [name for name in COLUMNS if any(name in run for run in runs.values())]
+    columns = [name for name in quoted.columns if any(name in run for run in runs.values())]
     last = next(reversed(runs.values()))
     row = last.get("dora-triton") or next(iter(last.values()))
     versions = row["versions"]
     lines = [
         f"{row['device']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
-        f"{versions['transformers']}; milliseconds an optimizer step (median) / peak MiB; in brackets the time as a "
+        f"{versions['transformers']}; milliseconds a step (median) / peak MiB; in brackets the time as a "
         "part of upstream LoRA's in the same run.",
         "",
         "| case | " + " | ".join(COLUMNS[name] for name in columns) + " |",
@@ -82,10 +107,10 @@ def sentence_of(path: Path) -> str | None:
     )
 
 
-def results() -> str:
+def results(quoted: Quoted) -> str:
     """The tables of every GPU that has rows, or the sentence that says how to get them; then what the curves say."""
     curves = [sentence_of(path) for path in files() if has_curves(path)]
-    tables = [table_of(path) for path in files() if not has_curves(path) and not path.name.startswith("cpu")]
+    tables = [table_of(path, quoted) for path in files() if not has_curves(path) and not path.name.startswith("cpu")]
     return "\n\n".join(filter(None, [*tables, *curves] if any(tables) else [NOTHING, *curves]))
 
 
@@ -107,14 +132,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="rewrite the pages")
     parser.add_argument("--check", action="store_true", help="fail if a page differs")
     arguments = parser.parse_args()
-    text = results()
     if not (arguments.write or arguments.check):
-        print(text)
+        print("\n\n".join(f"{path.relative_to(ROOT)}:\n\n{results(quoted)}" for path, quoted in PAGES.items()))
         return 0
     stale = 0
-    for path in PAGES:
+    for path, quoted in PAGES.items():
         page = path.read_text(encoding="utf-8")
-        new = with_results(page, text)
+        new = with_results(page, results(quoted))
         if new != page:
             stale += 1
             if arguments.write:

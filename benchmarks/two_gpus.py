@@ -22,11 +22,12 @@ import time
 from pathlib import Path
 
 import torch
-from measure import MARK, SEED, add_adapter, build_base, make_step, timed_steps, versions_of
+from measure import MARK, add_adapter, build_base, device_name, timed_steps, versions_of
 from registry import CASES as SINGLE
 from registry import IMPLEMENTATIONS, LLAMA_8B, LLAMA_70B, Case, Implementation
 from rows import RESULTS, ROOT, SOURCE, append, commit, path_of, source_digest
 from run import MeasurementError, environment_of, find_peer
+from steps import SEED, make_step
 from torch import nn
 
 CASES = {
@@ -77,12 +78,12 @@ def measure(case: Case, implementation: Implementation, source: Path) -> dict:
         model = shard(model, case)
     if case.device == "cuda":
         torch.cuda.empty_cache()
-    row = timed_steps(make_step(model, case), case)
+    row = timed_steps(make_step(model, case, "eager"), case)
     ranks: list[dict] = [{} for _ in range(world)]
     torch.distributed.all_gather_object(ranks, {key: row[key] for key in ("p50_ms", "peak_mib", "losses")})
     slowest = max(ranks, key=lambda one: one["p50_ms"])
     row.update(p50_ms=slowest["p50_ms"], peak_mib=max(one["peak_mib"] for one in ranks), ranks=ranks, world=world)
-    row["device"] = torch.cuda.get_device_name() if case.device == "cuda" else "CPU"
+    row["device"] = device_name(case.device)
     row["versions"] = versions_of(implementation, source)
     if case.device == "cuda":
         row["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -35,9 +35,16 @@ FIELDS = {
     "losses": list,
 }
 # Same weights, same batches, same start of A: two implementations of one method differ by rounding alone. The losses
-# are near ln(vocabulary) ≈ 10, printed to 1e-6, and computed in bf16 after up to eleven AdamW steps.
-LOSS_TOLERANCE = 2e-2
-COUNTERPART = {"lora": "upstream-lora", "dora": "upstream-dora", "dora-triton": "upstream-dora"}
+# are near ln(vocabulary) ≈ 10, printed to 1e-6, and computed in bf16 after up to eleven AdamW steps. Without training
+# they are of few tokens' logits, over which rounding does not average out.
+LOSS_TOLERANCE = {"train": 2e-2, "prefill": 1e-1, "decode": 1e-1}
+COUNTERPART = {
+    "lora": "upstream-lora",
+    "dora": "upstream-dora",
+    "dora-triton": "upstream-dora",
+    "dora-triton-graph": "upstream-dora",
+    "dora-triton-compiled": "upstream-dora",
+}
 
 
 def faults_of_fields(row: dict) -> list[str]:
@@ -86,8 +93,9 @@ def faults_of_losses(row: dict, run: list[dict]) -> list[str]:
     if not peers:
         return []
     apart = max(abs(a - b) for a, b in zip(row["losses"], peers[0]["losses"], strict=False))
-    if apart > LOSS_TOLERANCE:
-        return [f"its losses differ from {name}'s by {apart:.2e}, more than {LOSS_TOLERANCE:.0e}"]
+    tolerance = LOSS_TOLERANCE[CASES[row["case"]].kind]
+    if apart > tolerance:
+        return [f"its losses differ from {name}'s by {apart:.2e}, more than {tolerance:.0e}"]
     return []
 
 

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def bench(monkeypatch):
     """A function that imports a module of the benchmarks by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = ("registry", "rows", "verify", "run", "table", "plot", "measure", "losses")
+    names = ("registry", "rows", "verify", "run", "table", "plot", "measure", "steps", "losses")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module
@@ -192,7 +192,7 @@ def test_rows_survive_the_file_and_bad_lines_are_named(bench, row, tmp_path):
 
 def test_registry_is_sound(bench):
     registry = bench("registry")
-    assert {"c1", "c2", "c3", "c4", "c5", "m1", "70b"} <= set(registry.CASES)
+    assert {"c1", "c2", "c3", "c4", "c5", "m1", "70b", "d1", "d2", "d3"} <= set(registry.CASES)
     for case in registry.CASES.values():
         assert case.widths.hidden % case.widths.heads == 0
         assert set(case.targets) <= set(case.widths.linears())
@@ -241,6 +241,44 @@ def test_the_plot_draws_what_may_be_quoted(bench, row, tmp_path):
     assert plot.draw(path) is None
     rows.append(row, path)
     assert plot.draw(path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["d1", "d2", "d3"])
+def test_predictions_without_a_backward_pass(bench, name):
+    """A decoded token takes as long as its weights are read; half a byte an element takes a quarter of two."""
+    registry = bench("registry")
+    floor, ours = (
+        registry.predict_ms(registry.CASES[name], registry.IMPLEMENTATIONS[implementation])
+        for implementation in ("floor", "dora-triton")
+    )
+    assert 0.1 < floor < ours < 20
+    if name == "d2":
+        assert floor < 0.5 * registry.predict_ms(registry.CASES["d1"], registry.IMPLEMENTATIONS["floor"])
+
+
+def test_each_page_quotes_its_cases(bench, row, tmp_path):
+    table, rows = bench("table"), bench("rows")
+    path = tmp_path / "some-gpu.jsonl"
+    for case, implementation in (("c1", "dora-triton"), ("c4", "dora-triton-graph"), ("d1", "dora-triton")):
+        rows.append({**row, "case": case, "implementation": implementation}, path)
+    texts = {page.name: table.table_of(path, quoted) or "" for page, quoted in table.PAGES.items()}
+    assert [name in texts["inference.md"] for name in ("c1:", "c4:", "d1:")] == [False, False, True]
+    assert [name in texts["torch_compile.md"] for name in ("c1:", "c4:", "d1:")] == [False, True, False]
+    assert "c1:" in texts["README.md"] and "d1:" not in texts["README.md"]
+
+
+@pytest.mark.parametrize("case", ["tiny-decode-x2", "tiny-prefill"])
+def test_steps_without_a_backward_pass(bench, case):
+    """Every step is the same, and the two bodies of DoRA agree on it; the floor has no adapter."""
+    measure, registry = bench("measure"), bench("registry")
+    case = dataclasses.replace(registry.CASES[case], warm=1, steps=2)
+    source = Path(measure.__file__).parents[1] / "src"
+    found = {}
+    for name in ("lora", "dora") if case.adapters > 1 else ("lora", "dora", "floor"):
+        row = measure.measure(case, registry.IMPLEMENTATIONS[name], source)
+        assert len(row["times_ms"]) == 2 and len(set(row["losses"])) == 1
+        found[name] = row["losses"][0]
+    assert len(set(found.values())) == len(found)
 
 
 def test_a_process_measures_ours(bench):
