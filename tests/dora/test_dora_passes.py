@@ -43,6 +43,8 @@ def model(body, request, monkeypatch):
     if body.route.path != "triton":
         pytest.skip("the kernels' passes")
     monkeypatch.setattr(LoraLayer, "dora_route", lambda self, name: body.route)
+    # One body for all passes, with and without gradient: a reentrant checkpoint has both.
+    monkeypatch.setattr(factors.kernels(), "MOST_TOKENS", 0)
     torch.manual_seed(0)
     config = LoraConfig(
         r=4, target_modules=["layers.0", "layers.1", "layers.2", "layers.3"], use_dora=request.param,
@@ -347,7 +349,7 @@ def test_launches_of_a_pass(body, launches):
 
 
 def test_launches_of_a_decode_step(body, launches):
-    """Without a gradient an adapter adds two launches to a layer's own product, and two to the whole model."""
+    """Without a gradient a layer is one launch, its own product included, and the whole model has two more."""
     if body.route.path != "triton":
         pytest.skip("the kernels' passes")
     config = LoraConfig(r=4, target_modules=["layers.0", "layers.1", "layers.3"], use_dora=True, use_dora_triton=True)
@@ -359,4 +361,5 @@ def test_launches_of_a_decode_step(body, launches):
         launches.clear()
         with Products() as products:
             model(x)
-    assert len(launches) == 3 + 2 and products.count == 2 * 3
+    assert sorted(launches) == ["cast_fwd_kernel", "norms_fwd_kernel"] + ["small_batch_fwd_kernel"] * 3
+    assert products.count == 0

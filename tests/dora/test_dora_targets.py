@@ -64,10 +64,25 @@ def forward_of(pointer, **constants):
     return "compose", "compose_fwd_kernel", types, COMPOSE | {"KEEP_V": True} | constants
 
 
+def small_batch_of(pointer, block_m, packed=False, fold=True):
+    names = "x_ptr", "w_ptr", "a_ptr", "h_ptr", "b_ptr", "y_ptr"
+    types = NUMBERS | dict.fromkeys(names, pointer) | {"in_features": "i32", "stride_wn": "i32"}
+    types |= dict.fromkeys(("stats_ptr", "bias_ptr", "lora_bias_ptr"), FP32)
+    constants = {"PACKED": packed, "BLOCKSIZE": 64, "NESTED": 256, "ROUND": 0, "RANK": 12, "BLOCK_M": block_m}
+    constants |= {"BLOCK_N": 16 if block_m == 1 else 32, "BLOCK_K": 256, "BLOCK_R": 16}
+    constants |= {"h_ptr": None} if fold else {"a_ptr": None}
+    if packed:
+        types |= {name: UNPACK4[name] for name in SCALES4} | {"w_ptr": "*u8"}
+    else:
+        constants |= dict.fromkeys(SCALES4)
+    return "small_batch", "small_batch_fwd_kernel", types, constants
+
+
 UNPACK4 = {
     "data_ptr": "*u8", "absmax_ptr": "*u8", "code_ptr": FP32, "outer_ptr": FP32, "outer_code_ptr": FP32,
     "offset_ptr": FP32, "w_ptr": BF16, "first": "i32", "elements": "i32",
 }  # fmt: skip
+SCALES4 = "absmax_ptr", "code_ptr", "outer_ptr", "outer_code_ptr", "offset_ptr"
 
 
 def beside_of(gradient):
@@ -133,6 +148,12 @@ KERNELS = {
     ),
     "4 bits beside x Aᵀ": beside_of(False),
     "4 bits beside dhᵀ x": beside_of(True),
+    "one token": small_batch_of(BF16, 1),
+    "one token, 4 bits": small_batch_of(BF16, 1, packed=True),
+    "one token, fp32": small_batch_of(FP32, 1, fold=False),
+    "few tokens": small_batch_of(BF16, 16),
+    "few tokens, 4 bits": small_batch_of(BF16, 16, packed=True),
+    "few tokens, fp32": small_batch_of(FP32, 16, fold=False),
     "dequantise 8 bits": (
         "packed8", "dequantise8_kernel",
         {

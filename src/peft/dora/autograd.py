@@ -242,6 +242,14 @@ class Call:
             da = product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
         return dx, da
 
+    def is_small(self, x: torch.Tensor) -> bool:
+        """Whether one kernel makes the whole output of x."""
+        if not self.triton or x.numel() > kernels().MOST_TOKENS * self.in_features:
+            return False
+        if self.packed is None and not self.is_plain:
+            return False
+        return kernels().is_small(None if self.packed is not None else self.weight.dense(), self.packed, self.dtype)
+
     @property
     def body(self) -> Any:
         """The module whose passes over the output run."""
@@ -257,8 +265,11 @@ class Call:
         bias: torch.Tensor | None,
         keep: str | None,
         record: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Factors]:
-        """The forward pass: y `[..., out]`, x and h in the dtypes of their products, v or None, and the factors."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Factors]:
+        """The forward pass: y `[..., out]`, x and h in the dtypes of their products, v or None, and the factors.
+
+        With `record` False only y and the factors are promised.
+        """
         factors = self.factors(A, B, magnitude, floor=keep == "y")
         self.use(factors.packed, factors.a.shape[0])
         if x.dtype != self.dtype:
@@ -266,6 +277,20 @@ class Call:
         if not x.is_contiguous():
             x = x.contiguous()
         stats = factors.stats
+        if not record and self.is_small(x):
+            y = kernels().small_batch(
+                x,
+                None if self.packed is not None else self.weight.dense(),
+                self.packed,
+                factors.a,
+                factors.b,
+                stats=stats,
+                bias=bias,
+                lora_bias=lora_bias,
+                scaling=self.scaling,
+                launches=self.launches,
+            )
+            return y, x, None, None, factors
         with_bias = bias is not None and stats is None
         u, h = self.products(x, factors.a, as_dtype(bias.detach(), x.dtype) if with_bias else None)
         y, v = self.body.compose(

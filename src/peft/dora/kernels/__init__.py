@@ -9,17 +9,21 @@ from .packed8 import dequantise_packed8
 from .packed_groups import dequantise_groups
 from .refresh import Batch, Member, kind_of, row_norm
 from .row_norm import GROUPED, source_of
+from .small_batch import MOST_TOKENS, is_small, small_batch
 
 __all__ = [
+    "MOST_TOKENS",
     "Batch",
     "Member",
     "compose",
     "dequantise",
     "goes_beside",
+    "is_small",
     "kind_of",
     "row_norm",
     "row_parts",
     "scale_gradient",
+    "small_batch",
     "source_of",
     "unpack_beside",
 ]
