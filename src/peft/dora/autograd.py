@@ -250,6 +250,29 @@ class Call:
             return False
         return kernels().is_small(None if self.packed is not None else self.weight.dense(), self.packed, self.dtype)
 
+    def run_small(
+        self,
+        x: torch.Tensor,
+        factors: Factors,
+        lora_bias: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y `[..., out]` of an x for which `is_small` holds, written to `out` where that is given."""
+        return kernels().small_batch(
+            x,
+            None if self.packed is not None else self.weight.dense(),
+            self.packed,
+            factors.a,
+            factors.b,
+            stats=factors.stats,
+            bias=bias,
+            lora_bias=lora_bias,
+            scaling=self.scaling,
+            launches=self.launches,
+            out=out,
+        )
+
     @property
     def body(self) -> Any:
         """The module whose passes over the output run."""
@@ -278,19 +301,7 @@ class Call:
             x = x.contiguous()
         stats = factors.stats
         if not record and self.is_small(x):
-            y = kernels().small_batch(
-                x,
-                None if self.packed is not None else self.weight.dense(),
-                self.packed,
-                factors.a,
-                factors.b,
-                stats=stats,
-                bias=bias,
-                lora_bias=lora_bias,
-                scaling=self.scaling,
-                launches=self.launches,
-            )
-            return y, x, None, None, factors
+            return self.run_small(x, factors, lora_bias, bias), x, None, None, factors
         with_bias = bias is not None and stats is None
         u, h = self.products(x, factors.a, as_dtype(bias.detach(), x.dtype) if with_bias else None)
         y, v = self.body.compose(

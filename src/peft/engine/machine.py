@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +19,35 @@ from .layer import BaseTunerLayer, check_adapters_to_merge
 from .method import Folded, Method
 
 BASE_ADAPTER = "__base__"  # in a mixed batch: the rows that no adapter touches
+
+
+def index_of(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Row numbers as a tensor on `device`, copied there once: a copy makes the host wait and cannot be captured."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(rows, device=device)
+    return _kept_index(rows, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_index(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # autograd may have to save it
+        return torch.tensor(rows, device=device)
+
+
+@lru_cache(maxsize=256)
+def sorted_by_adapter(names: tuple[str, ...]) -> tuple[dict[str, slice], tuple[int, ...] | None, tuple[int, ...]]:
+    """The rows of a mixed batch put together by adapter: which each then has, and the old row of each new one and back.
+
+    None in the second place says that they are together already.
+    """
+    places = list(dict.fromkeys(names))
+    order = sorted(range(len(names)), key=lambda i: places.index(names[i]))
+    starts = [0]
+    for name in places:
+        starts.append(starts[-1] + names.count(name))
+    groups = {name: slice(*starts[i : i + 2]) for i, name in enumerate(places)}
+    back = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return groups, None if order == sorted(order) else tuple(order), back
 
 
 @dataclass
@@ -105,16 +135,16 @@ class AdapterLayer(BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name == BASE_ADAPTER or not self.has_adapter(name):
                 continue
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=y.device)
-            branch = self._pick_rows(adapter_kwargs, rows)
+            picked = [i for i, other in enumerate(adapter_names) if other == name]
+            rows = index_of(tuple(picked), y.device)
+            branch = self._pick_rows(adapter_kwargs, picked)
             changed = self.method(name).apply(self, name, x[rows], y[rows], **branch)
             y = y.index_copy(0, rows, changed.to(y.dtype))
         return y
 
     @staticmethod
-    def _pick_rows(adapter_kwargs: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    def _pick_rows(adapter_kwargs: dict[str, Any], picked: list[int]) -> dict[str, Any]:
         """Arguments given one a row, restricted to some rows."""
-        picked = rows.tolist()
         return {
             key: [value[i] for i in picked] if isinstance(value, list) else value
             for key, value in adapter_kwargs.items()

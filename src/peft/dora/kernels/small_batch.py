@@ -245,6 +245,7 @@ def small_batch(
     lora_bias: torch.Tensor | None,
     scaling: float,
     launches: dict | None = None,
+    out: torch.Tensor | None = None,
     tiles: SmallTiles | None = None,
 ) -> torch.Tensor:
     """y = g∘(x Wᵀ + s·(x Aᵀ Bᵀ + c)) + bias for up to `MOST_TOKENS` rows, in one launch or two; sums in float32.
@@ -258,6 +259,7 @@ def small_batch(
         lora_bias: c `[out]`.
         scaling: s.
         launches: Where the launches for this weight are kept.
+        out: Where the result goes, contiguous; None for a new tensor.
         tiles: None for `small_batch_tiles`.
 
     Returns:
@@ -265,7 +267,7 @@ def small_batch(
     """
     out_features, rank = b.shape
     tokens = x.numel() // x.shape[-1]
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device) if out is None else out
     if not y.numel():
         return y
     fold = rank <= FOLDED_RANK if tiles is None else tiles.fold

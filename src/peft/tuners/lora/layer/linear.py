@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import Module
 
 from peft import dora
+from peft.dora.mixed import Group, linear_of_groups
 from peft.engine.layer import BaseTunerLayer
+from peft.engine.machine import index_of, sorted_by_adapter
 from peft.utils.other import transpose
 from peft.weights import BaseWeight, find_weight
 from peft.weights.through import straight_through
@@ -188,9 +190,10 @@ class LoraLinearBase(LoraLayer, nn.Module):
         if self.disable_adapters or self.merged:
             return None
         names = [name for name in self.active_adapters if self.has_adapter(name)]
-        if len(names) != 1:
-            return None
-        name = names[0]
+        return self._plan_adapter(names[0]) if len(names) == 1 else None
+
+    def _plan_adapter(self, name: str) -> FusedPlan | None:
+        """The plan for one adapter of this layer, active or not; None where the modules must be called."""
         lora_a, lora_b = self.lora_A[name], self.lora_B[name]
         variant = self.lora_variant.get(name)
         plain_factors = type(lora_a) is nn.Linear and type(lora_b) is nn.Linear
@@ -239,6 +242,46 @@ class LoraLinearBase(LoraLayer, nn.Module):
             cache=plan.cache,
             route=plan.route,
         )
+
+    # ---- several adapters in one batch -----------------------------------------------------------------------------
+    def _replan(self) -> None:
+        super()._replan()
+        self.__dict__["_plans"] = {}
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """As of every layer; without gradient the base product and all branches are a few launches."""
+        if not (args or kwargs or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            rows, order, back = sorted_by_adapter(tuple(adapter_names))
+            weight, groups = self._groups_of_batch(x, rows)
+            if weight is not None:
+                if order is None:
+                    return linear_of_groups(x, weight, groups)
+                y = linear_of_groups(x.index_select(0, index_of(order, x.device)), weight, groups)
+                return y.index_select(0, index_of(back, x.device))
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def _groups_of_batch(self, x: torch.Tensor, rows: dict[str, slice]) -> tuple[BaseWeight | None, list[Group]]:
+        """The base weight, and what each adapter does on its rows; None for a weight where modules must be called."""
+        plans: dict[str, FusedPlan | None] = self.__dict__["_plans"]
+        groups, weight = [], None
+        for name, part in rows.items():
+            if not self.has_adapter(name):
+                groups.append(Group(part))
+                continue
+            if name not in plans:
+                plans[name] = self._plan_adapter(name)
+            plan = plans[name]
+            if plan is None or not plan.is_in_place(self) or plan.weight.compute_dtype not in (None, x.dtype):
+                return None, []
+            if plan.dropout is not None and plan.dropout.training and plan.dropout.p > 0.0:
+                return None, []
+            a, b = plan.lora_a.weight, plan.lora_b
+            magnitude = None if plan.magnitude is None else plan.magnitude.weight
+            groups.append(Group(part, a, b.weight, self.scaling[name], magnitude, b.bias, plan.cache, plan.route))
+            weight = plan.weight
+        return (weight if type(x) is torch.Tensor else None), groups
 
     def _forward_dropped(self, plan: FusedPlan, x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
         """DoRA while dropout d is active: W x + b + (g − 1)∘W d(x) + g∘s·B A d(x)."""
