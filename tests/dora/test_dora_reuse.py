@@ -283,3 +283,74 @@ def test_another_stream_starts_afresh():
         layer.check()
     torch.cuda.current_stream().wait_stream(stream)
     layer.check()
+
+
+@pytest.fixture
+def captured(layer, monkeypatch):
+    """A function that makes `layer`'s norm as the replay of a captured pass does, here without a graph."""
+    if layer.body.route.path != "triton":
+        pytest.skip("for kernels")
+    from peft.dora.kernels import refresh
+
+    def replay():
+        with monkeypatch.context() as patch:
+            patch.setattr(refresh, "_stream", lambda device: (True, None))
+            return layer.norm()
+
+    return replay
+
+
+def test_captured_passes_reuse_their_own_norm(layer, captured):
+    layer.weight.key = lambda: "the same"
+    kept, row = layer.norm().clone(), layer.weight.matrix.detach()[0].clone()
+    assert torch.equal(captured(), kept)
+    layer.weight.matrix.detach()[0] = float("nan")  # a norm that is computed now shows it
+    assert torch.equal(captured(), kept) and torch.equal(layer.norm(), kept)
+    layer.B.data[1, 1] += 1.0
+    assert captured()[0].isnan()
+    layer.weight.matrix.detach()[0] = row
+    layer.B.data[1, 1] -= 1.0
+    assert torch.equal(captured(), layer.expected())
+
+
+def test_captured_and_eager_passes_in_turn(layer, captured):
+    for step in range(7):
+        layer.A.data.view(-1)[step] += 0.5
+        for call in [(captured, layer.norm), (layer.norm, captured), (captured, captured)][step % 3]:
+            assert torch.equal(call(), layer.expected())
+    layer.A.data.neg_()
+    assert torch.equal(captured(), layer.expected())
+
+
+def test_captured_norms_expire(layer, captured):
+    captured()
+    layer.weight.matrix.detach().mul_(2.0)  # as a raw pointer would: no captured pass can see it
+    dora.invalidate(torch.nn.Identity())
+    assert torch.equal(captured(), layer.expected())
+    captured()
+    layer.weight.matrix.mul_(2.0)
+    layer.check()  # an eager pass sees that, and tells
+    assert torch.equal(captured(), layer.expected())
+
+
+def test_a_table_made_under_capture_serves_no_other_pass(body, captured, monkeypatch):
+    """It exists in the graph's replays alone."""
+    fresh = Layer(body)
+    from peft.dora.kernels import refresh
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refresh, "_stream", lambda device: (True, None))
+        fresh.check()
+        batch = fresh.cache.batch
+    assert batch.addresses is None and batch.captured is None
+    batch.table.zero_()
+    fresh.check()
+
+
+def test_owners_in_a_table_made_under_capture(body):
+    if body.route.path != "triton":
+        pytest.skip("for kernels")
+    from peft.dora.kernels.captured import tabulate
+
+    entries, owners = [2**40 + 3, 0, 7], [0, 0, 1, 1, 1, 2, 0, 1]
+    assert tabulate(entries, owners, torch.device(body.device)).tolist() == entries + owners

@@ -40,7 +40,7 @@ COMPOSE = {"RANK": 12, "BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_R": 16}
 
 
 def norm_of(weight, pointers=BF16, **constants):
-    types = TABLE | {"copy_ptr": pointers, "old_ptr": FP32, "stats_ptr": FP32}
+    types = TABLE | {"copy_ptr": pointers, "kept_ptr": FP32, "stats_ptr": FP32}
     return "refresh", "norms_fwd_kernel", types, NORM | {"WEIGHT_TYPE": weight} | constants
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import nn
 
 from .autograd import linear
-from .factors import NormCache
+from .factors import NormCache, expire_captured
 from .finite import check_finite
 from .norm import row_norm
 from .passes import begin_pass, caches_of, end_pass, unwatch_passes, watch_passes
@@ -42,8 +42,11 @@ __all__ = [
 def invalidate(model: nn.Module) -> None:
     """Let every layer compute its norm anew at the next pass; for whoever writes to base weights behind torch's back.
 
+    Captured graphs do so at their next replay, those of other models too.
+
     Args:
         model: Any module; layers are found by their method `dora_caches`, which gives their `NormCache` objects.
     """
     for cache in caches_of(model):
         cache.invalidate()
+    expire_captured()

@@ -201,6 +201,8 @@ class NormCache:
         member = make_member(source, A, B, magnitude, scaling)
         kind = kernels().kind_of(member, dtype)
         batch, asked = self.batch, self.request
+        if asked is not None and asked.key != key:
+            expire_captured()
         stands = asked is not None and asked.key == key and asked.member.scaling == scaling
         if batch is None or batch.kind != kind or batch.shapes != kernels().Batch.shapes_of([member]):
             batch = self.batch = kernels().Batch([member], dtype)
@@ -242,6 +244,12 @@ class NormCache:
             a, b = (a.clone() if a is A else a), (b.clone() if b is B else b)
             state = self.state = HostState(key, a, b, row_norm_torch(weight, a, b, scaling))
         return Factors(state.a, state.b, _stats(state.norm, magnitude, floor), private=True)
+
+
+def expire_captured() -> None:
+    """Let the next replay of every captured pass compute its norms."""
+    if kernels.cache_info().currsize:  # else no kernel ever ran
+        kernels().expire_captured()
 
 
 class Requests:

@@ -91,6 +91,11 @@ def _place(device: torch.device) -> tuple:
     return torch._C._cuda_getCurrentRawStream(device.index), torch._C._cuda_isCurrentStreamCapturing()
 
 
+def _is_capturing() -> bool:
+    """Whether a graph is being captured: what is made then exists in its replays alone."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class ModelPass:
     """Passes over one model: `begin` and `end` enclose each.
 
@@ -107,7 +112,7 @@ class ModelPass:
 
     def begin(self) -> None:
         self.depth += 1
-        if self.depth == 1 and self.number != requests.number:
+        if self.depth == 1 and self.number != requests.number and not _is_capturing():
             self._gather()
 
     def end(self) -> None:

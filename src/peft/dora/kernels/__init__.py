@@ -3,6 +3,7 @@
 kernel."""
 
 from .beside import goes_beside, unpack_beside
+from .captured import expire_captured
 from .compose import compose, scale_gradient
 from .packed4 import dequantise_packed4
 from .packed8 import dequantise_packed8
@@ -17,6 +18,7 @@ __all__ = [
     "Member",
     "compose",
     "dequantise",
+    "expire_captured",
     "goes_beside",
     "is_small",
     "kind_of",

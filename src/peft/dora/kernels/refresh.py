@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .captured import CAPTURED_SLOT, SLOTS, Memory, advance, note_captured, tabulate
 from .launch import INTERPRETED, Kernel
 from .row_norm import PLAIN, Source, sum_squares
 from .tiles import ceil_div, norm_tiles
@@ -27,7 +28,6 @@ OUT, IN, STATS = (tl.constexpr(i) for i in range(20, 23))
 COLUMNS = tl.constexpr(24)
 _NOTHING = (None,) * 8  # pointers of no weight
 
-SLOTS = 3  # digests of the last pass, of this one, and the zeros that the next one adds to
 ALIGNED = 16  # elements; so that every tensor in a shared buffer starts at a multiple of 16 bytes at least
 
 LANGUAGE_TYPES = {
@@ -104,7 +104,7 @@ def cast_fwd_kernel(
 
 @triton.jit(do_not_specialize=["owners", "slot"])
 def norms_fwd_kernel(
-    table_ptr, copy_ptr, digest_ptr, old_ptr, stats_ptr, owners, slot, members, floor,
+    table_ptr, copy_ptr, digest_ptr, kept_ptr, stats_ptr, owners, slot, members, floor,
     FACTOR_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr, ZERO_TYPE: tl.constexpr,
     GROUP_TYPE: tl.constexpr, MAGNITUDE_TYPE: tl.constexpr, LAYOUT: tl.constexpr, EVEN_IN: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -123,13 +123,14 @@ def norms_fwd_kernel(
     first = i - tl.load(p_row + NORM_BLOCK)
     o_m = first * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < out_features
-    # The old norm stands unless the digest of A and B is another one than at the last pass.
+    # The kept norm stands unless the digest of A and B is another one than at the last pass.
     b_norm = tl.zeros([BLOCK_M], dtype=tl.float32)
     stale = True
-    if old_ptr is not None:
+    kept = stats // (1 if MAGNITUDE_TYPE is None else 2)  # norms alone are kept
+    if kept_ptr is not None:
         last = (slot + 2) % 3
         stale = tl.load(digest_ptr + slot * members + i_member) != tl.load(digest_ptr + last * members + i_member)
-        b_norm = tl.load(old_ptr + stats + o_m, mask=m_m, other=0.0)
+        b_norm = tl.load(kept_ptr + kept + o_m, mask=m_m, other=0.0)
     if digest_ptr is not None:
         tl.store(digest_ptr + (slot + 1) % 3 * members + i_member, tl.zeros([], dtype=tl.int64), mask=first == 0)
     if stale:
@@ -166,6 +167,8 @@ def norms_fwd_kernel(
                 FORMAT, BLOCKSIZE, NESTED, ROWS, BITS, COUNT, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R, STAGES,
             )
         )  # fmt: skip
+        if kept_ptr is not None:
+            tl.store(kept_ptr + kept + o_m, b_norm, mask=m_m)
     p_stats = stats_ptr + stats + o_m
     tl.store(p_stats, b_norm, mask=m_m)
     if MAGNITUDE_TYPE is not None:
@@ -227,6 +230,13 @@ class Batch:
         self._share_out()
         self.forget()
 
+    def forget(self) -> None:
+        """Let the next pass compute every norm."""
+        self.own: Memory | None = None
+        self.captured: Memory | None = None
+        self.stream: int | None = None
+        self.slot = 0
+
     @staticmethod
     def shapes_of(members: Sequence[Member]) -> list[tuple[torch.Size, torch.Size]]:
         """What a batch has been cut for."""
@@ -262,73 +272,86 @@ class Batch:
         stats = [torch.empty((self.rows, member.b.shape[0]), device="meta") for member in self.members]
         self.stats_cut = spread(stats, self.stats_offsets) if self.norms else None
 
-    def forget(self) -> None:
-        """Let the next pass compute every norm."""
-        self.old: torch.Tensor | None = None
-        self.stream: int | None = None
-        self.slot = 0
-        self.digests: torch.Tensor | None = None
-
     def refresh(self, keep: bool = True) -> Pass:
         """Cast the factors and bring norms and gains up to date, in two launches.
 
-        A pass that is being captured into a graph computes every norm and leaves nothing behind: when the graph is
-        replayed nothing on the host says what happened since.
+        A pass that is being captured into a graph has a memory of its own, which its replays compare and bring up to date
+        on the device. That has to be there before the capture, from a pass that was none; without one every replay
+        computes every norm. Replays of graphs that hold passes of one batch must not overlap.
 
         Args:
             keep: Compare with the last pass, and let the next one compare with this.
         """
         capturing, stream = _stream(self.device)
-        if capturing or not keep:
-            old = digests = None
-        else:
-            if self.digests is None or stream != self.stream:
-                self.forget()
-                self.stream = stream
-                self.digests = torch.zeros((SLOTS, len(self.members)), dtype=torch.int64, device=self.device)
-            old, digests = self.old, self.digests
+        memory, slot = self._memory(capturing, stream) if keep else None, self.slot
+        if capturing and memory is not None:
+            slot = CAPTURED_SLOT
+            note_captured(memory, self.table)
+        digests, kept = memory or (None, None)
         copy = copies = None
         if self.copied:
             copy = torch.empty(self.copy_offsets[-1], dtype=self.dtype, device=self.device)
             copies = _cut(copy, self.copy_cut)
-        if copy is not None or (digests is not None and self.norms):
-            self._launch_cast(copy, digests if self.norms else None)
+        if copy is not None or digests is not None:
+            self._launch_cast(copy, digests, slot)
         if not self.norms:
             return Pass(copies, None)
         stats = torch.empty(self.stats_offsets[-1], dtype=torch.float32, device=self.device)
         if self.norm_blocks:
-            self._launch_norms(copy, digests, old, stats)
-        if digests is not None:
-            self.old, self.slot = stats, (self.slot + 1) % SLOTS
+            self._launch_norms(copy, digests, kept, stats, slot)
+        if memory is not None and capturing:
+            advance(digests)
+        elif memory is not None:
+            self.slot = (slot + 1) % SLOTS
         return Pass(copies, _cut(stats, self.stats_cut))
 
-    def _launch_cast(self, copy: torch.Tensor | None, digests: torch.Tensor | None) -> None:
-        key = "cast", digests is None, self.slot
+    def _memory(self, capturing: bool, stream: int | None) -> Memory | None:
+        """What the pass that begins now compares with; None where it compares with nothing."""
+        if not self.norms or capturing:
+            return self.captured
+        if self.own is None or stream != self.stream:
+            self.own, self.stream, self.slot = self._empty_memory(), stream, 0
+            if self.captured is None:
+                self.captured = self._empty_memory()
+        return self.own
+
+    def _empty_memory(self) -> Memory:
+        digests = torch.zeros((SLOTS, len(self.members)), dtype=torch.int64, device=self.device)
+        norms = torch.empty(self.stats_offsets[-1] // self.rows, dtype=torch.float32, device=self.device)
+        return Memory(digests, norms)
+
+    def _launch_cast(self, copy: torch.Tensor | None, digests: torch.Tensor | None, slot: int) -> None:
+        key = "cast", digests is None, slot
         launch = self.launches.get(key)
         if launch is None:
             launch = _cast_fwd.prepare(
                 (self.cast_blocks, 1, 1),
-                (self.cast_owners, self.slot, len(self.members)),
+                (self.cast_owners, slot, len(self.members)),
                 (LANGUAGE_TYPES[self.members[0].a.dtype], self.block),
                 keep=(self.launches, key),
             )
         launch(self.table, copy, digests)
 
     def _launch_norms(
-        self, copy: torch.Tensor | None, digests: torch.Tensor | None, old: torch.Tensor | None, stats: torch.Tensor
+        self,
+        copy: torch.Tensor | None,
+        digests: torch.Tensor | None,
+        kept: torch.Tensor | None,
+        stats: torch.Tensor,
+        slot: int,
     ) -> None:
-        key = "norms", digests is None, old is None, self.slot, self.floor
+        key = "norms", digests is None, slot, self.floor
         launch = self.launches.get(key)
         if launch is None:
             launch = _norms_fwd.prepare(
                 (self.norm_blocks, 1, 1),
-                (self.norm_owners, self.slot, len(self.members), self.floor),
+                (self.norm_owners, slot, len(self.members), self.floor),
                 self._constants(),
                 self.tiles.warps,
                 self.tiles.stages,
                 keep=(self.launches, key),
             )
-        launch(self.table, copy, digests, old, stats)
+        launch(self.table, copy, digests, kept, stats)
 
     def _share_out(self) -> None:
         """Write the part of the table that holds wherever the members lie: sizes, and which program serves which."""
@@ -360,9 +383,15 @@ class Batch:
 
     def _locate(self) -> None:
         """Make the table that tells the kernels where everything is; who was told of the old one still has it."""
-        table = torch.empty_like(self.fixed, pin_memory=self.device.type == "cuda").copy_(self.fixed)
+        capturing = _stream(self.device)[0]
+        pinned = self.device.type == "cuda" and not capturing
+        table = torch.empty_like(self.fixed, pin_memory=pinned).copy_(self.fixed)
         rows = table[: self.cast_owners].view(len(self.members), COLUMNS.value)
         rows[:, : len(PLACES)] = torch.tensor(self.places).view(len(self.members), len(PLACES))
+        if capturing:
+            self.table = tabulate(rows.flatten().tolist(), table[self.cast_owners :].tolist(), self.device)
+            self.places = None  # outside of the graph there is nothing in this table
+            return
         self.pinned = table
         self.table = table.to(self.device, non_blocking=True)
 
