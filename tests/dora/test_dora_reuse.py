@@ -342,7 +342,7 @@ def test_a_table_made_under_capture_serves_no_other_pass(body, captured, monkeyp
         patch.setattr(refresh, "_stream", lambda device: (True, None))
         fresh.check()
         batch = fresh.cache.batch
-    assert batch.addresses is None and batch.captured is None
+    assert batch.places is None and batch.captured is None
     batch.table.zero_()
     fresh.check()
 
