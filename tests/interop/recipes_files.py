@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from options import BASES
 from recipes import evaluated, fill, recipe, saved_files
+from safetensors.torch import save_file
 from torch import nn
 
 import peft
@@ -158,3 +161,93 @@ def helpers_asked(folder: str) -> dict[str, Any]:
     for method in ("forward", "generate"):
         out[method] = list(inspect.signature(getattr(model, method)).parameters)
     return out
+
+
+# ---- layouts of transformers 4 ---------------------------------------------------------------------------------------
+_SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+_EXPERTS = "block_sparse_moe.experts"
+_FORMER = {
+    "q_proj": ("self_attn.q_proj", 16, 16), "gate": ("block_sparse_moe.gate", 3, 16), "w1": (_EXPERTS, 32, 16),
+    "w2": (_EXPERTS, 16, 32), "w3": (_EXPERTS, 32, 16),
+}  # fmt: skip
+
+
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=3, **_SIZES)).eval()
+
+
+def _llava() -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "image_size": 8}
+    vision |= {"patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(text_config={"model_type": "llama", **_SIZES}, vision_config=vision)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def _former_names(model: str, targets: list[str]) -> dict[str, tuple[int, int]]:
+    """Names of the adapted modules as transformers 4 had them, with their output and input features."""
+    if model == "llava":
+        layers = [f"language_model.model.layers.{i}.self_attn" for i in range(2)]
+        return {f"{layer}.{name}": (8 if name == "v_proj" else 16, 16) for layer in layers for name in targets}
+    names = {}
+    for layer in range(2):
+        for target in targets:
+            inner, out, features = _FORMER[target]
+            single = [f"{inner}.{expert}.{target}" for expert in range(3)] if inner == _EXPERTS else [inner]
+            names.update({f"model.layers.{layer}.{name}": (out, features) for name in single})
+    return names
+
+
+@recipe
+def former_layout(folder: str, model: str, targets: list[str], **options: Any) -> dict[str, Any]:
+    """The output of a model with an adapter that was written where transformers 4 was installed, and its names now."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, (out, features) in _former_names(model, targets).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, features, generator=generator) / 3
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, 2, generator=generator) / 3
+    Path(folder).mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": targets, **options}
+    Path(folder, "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, Path(folder, "adapter_model.safetensors"))
+    base = {"mixtral": _mixtral, "llava": _llava}[model]()
+    plain = base(input_ids=_IDS).logits
+    if model == "mixtral":
+        truth = _written_in(base, tensors, 6 / (2**0.5 if options.get("use_rslora") else 2))(input_ids=_IDS).logits
+    loaded = peft.PeftModel.from_pretrained(base, folder)
+    with evaluated(loaded):
+        y = loaded(input_ids=_IDS).logits
+    off = 0.0 if model == "llava" else (y - truth).abs().max().item()
+    return {
+        "y": y,
+        "right": off < 1e-5 and bool((y - plain).abs().max() > 1e-4),
+        "names": sorted(peft.get_peft_model_state_dict(loaded)),
+    }
+
+
+def _written_in(base: nn.Module, tensors: dict[str, torch.Tensor], scaling: float) -> nn.Module:
+    """A copy of a Mixtral whose weights have the updates of an adapter in the former layout in them."""
+    base = copy.deepcopy(base)
+    for key, a in tensors.items():
+        if not key.endswith("lora_A.weight"):
+            continue
+        delta = scaling * tensors[key.replace("lora_A", "lora_B")] @ a
+        parts = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").split(".")
+        block, name = base.model.layers[int(parts[2])], parts[-1]
+        with torch.no_grad():
+            if name == "q_proj":
+                block.self_attn.q_proj.weight += delta
+            elif name == "gate":
+                block.mlp.gate.weight += delta
+            elif name == "w2":
+                block.mlp.experts.down_proj[int(parts[-2])] += delta
+            else:  # w1 and w3 are the halves of one
+                half = slice(0, 32) if name == "w1" else slice(32, 64)
+                block.mlp.experts.gate_up_proj[int(parts[-2]), half] += delta
+    return base

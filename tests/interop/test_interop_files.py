@@ -72,6 +72,39 @@ def test_formats_and_folders(safe: bool, published: str, peer: Peer, tmp_path: P
                 assert_equal(found["y"], written[writer]["y"], f"{writer} by {by}", ulps=DEEP)
 
 
+_TARGETS = (["q_proj"], ["w2"], ["w1", "w2", "w3"], ["q_proj", "w2"], ["gate", "w2"])
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "options"),
+    [
+        ("llava", ["q_proj", "v_proj"], {}),
+        *(("mixtral", targets, {}) for targets in _TARGETS),
+        *(("mixtral", targets, {"use_rslora": True}) for targets in _TARGETS if "w1" not in targets),
+    ],
+    ids=str,
+)
+def test_layouts_of_transformers_4(
+    model: str, targets: list[str], options: dict[str, bool], peer: Peer, tmp_path: Path
+) -> None:
+    made = {"model": model, "targets": targets, **options}
+    ours = recipes.run("former_layout", folder=str(tmp_path / "ours"), **made)
+    assert ours["right"]
+    assert_equal(ours, peer.run("former_layout", folder=str(tmp_path / "theirs"), **made), ulps=DEEP)
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"), [(["w1", "w3"], {}), (["w1", "w2", "w3"], {"use_rslora": True})], ids=str
+)
+def test_layouts_that_the_release_reads_wrong(
+    targets: list[str], options: dict[str, bool], peer: Peer, tmp_path: Path
+) -> None:
+    """It loads nothing where the stacked halves alone are adapted, and scales them by another root of the rank."""
+    made = {"model": "mixtral", "targets": targets, **options}
+    assert recipes.run("former_layout", folder=str(tmp_path / "ours"), **made)["right"]
+    assert not peer.run("former_layout", folder=str(tmp_path / "theirs"), **made)["right"]
+
+
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_biases_beside_an_attention(bias: str, peer: Peer) -> None:
     assert_equal(recipes.run("biases_written", bias=bias), peer.run("biases_written", bias=bias))
