@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tempfile
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -258,3 +259,64 @@ def offloaded() -> bool:
     config = peft.LoraConfig(**row.options(), runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True))
     model = peft.get_peft_model(row.layer.model(cases.FORMATS["fp32"]), config)
     return bool(torch.isfinite(model(row.layer.input(row.form))).all())
+
+
+# ---- torchao ---------------------------------------------------------------------------------------------------------
+def _on_torchao(method: str, names: tuple[str, ...] = ("default",)) -> tuple[Any, torch.Tensor]:
+    """A model of one int8 layer of torchao with filled adapters, and an input."""
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    row = row_of("torchao_linear", "ao-int8", method)
+    base = row.layer.model(row.form)
+    # as on a model that transformers quantised, which knows how to quantise again
+    settings = SimpleNamespace(get_apply_tensor_subclass=Int8WeightOnlyConfig)
+    base.hf_quantizer = SimpleNamespace(quantization_config=settings)
+    config = peft.LoraConfig(**row.options())
+    model = peft.get_peft_model(base, config, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    for name in names:
+        model.set_adapter(name)
+        fill(model, salt=name)
+    return model, row.layer.input(row.form)
+
+
+@recipe
+def torchao_dora_merged() -> float:
+    """How much merging changes the output, over how much the adapter does; rounding changes it by a percent or two."""
+    model, x = _on_torchao("dora")
+    layer = model.base_model.model.body
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.mul_(2)
+    with evaluated(model):
+        before = model(x)
+        with model.disable_adapter():
+            effect = (model(x) - before).norm()
+        model.merge_adapter()
+        return ((model(x) - before).norm() / effect).item()
+
+
+@recipe
+def torchao_two_merged() -> float:
+    """The same of two adapters, merged at once."""
+    model, x = _on_torchao("lora", ("default", "other"))
+    model.base_model.set_adapter(["default", "other"])
+    with evaluated(model):
+        before = model(x)
+        with model.disable_adapter():
+            effect = (model(x) - before).norm()
+        model.merge_adapter(["default", "other"])
+        return ((model(x) - before).norm() / effect).item()
+
+
+@recipe
+def torchao_safe_merge() -> str:
+    """The error that a safe merge of a broken adapter raises; empty if none."""
+    model, _ = _on_torchao("lora")
+    with torch.no_grad():
+        model.base_model.model.body.lora_B["default"].weight[0, 0] = float("nan")
+    try:
+        model.merge_adapter(safe_merge=True)
+    except ValueError as error:
+        return type(error).__name__
+    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import faults  # noqa: F401  registers its recipes
@@ -29,12 +30,14 @@ class Fault:
         right: Says whether a result is right.
         raises: Name of the exception that upstream raises, several joined by `|`; empty where it gives a wrong result.
         arguments: Of the recipe.
+        package: What must be installed besides what the tests need.
     """
 
     recipe: str
     right: Callable[[Any], bool]
     raises: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
+    package: str = ""
 
     @property
     def id(self) -> str:
@@ -125,6 +128,9 @@ FAULTS = (
     Fault("experts_from_a_state_dict", _is_small, "ValueError"),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
     Fault("offloaded", _is_true, "AssertionError|RuntimeError"),
+    Fault("torchao_dora_merged", lambda change: change < 0.1, package="torchao"),
+    Fault("torchao_two_merged", lambda change: change < 0.1, "UnboundLocalError", package="torchao"),
+    Fault("torchao_safe_merge", lambda error: error == "ValueError", package="torchao"),
     *(
         Fault("refusal", _is_refused, arguments=options)
         for options in (
@@ -135,7 +141,16 @@ FAULTS = (
         )
     ),
 )
-every_fault = pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.id) for fault in FAULTS])
+
+
+def _parameter(fault: Fault) -> Any:
+    missing = bool(fault.package) and find_spec(fault.package) is None
+    return pytest.param(
+        fault, id=fault.id, marks=pytest.mark.skipif(missing, reason=f"{fault.package} is not installed")
+    )
+
+
+every_fault = pytest.mark.parametrize("fault", [_parameter(fault) for fault in FAULTS])
 
 
 @every_fault
