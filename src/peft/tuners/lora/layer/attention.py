@@ -134,10 +134,6 @@ class MultiheadAttention(ParameterLayer, nn.Module):
         self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r, self.out_features, bias=lora_bias)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`scaling · B A` of the in-projection, `[3 · dim, in]`, without a gain; zero where no weight is."""
-        return self.fold_delta(adapter).to(self.lora_B[adapter].weight.dtype)
-
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)

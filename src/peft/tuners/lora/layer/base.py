@@ -155,9 +155,14 @@ class LoraLayer(AdapterLayer):
         """The base weight as `peft.dora` reads it: one row an output feature."""
         return find_weight(self.get_base_layer(), fan_in_fan_out=self.fan_in_fan_out)
 
+    def as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix `[out, in]` that matches the rows of the base weight, in the shape that the base layer stores."""
+        return matrix
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`scaling · B A` in the shape of the base weight."""
-        raise NotImplementedError
+        """What the adapter adds to the base weight, in the shape that the base layer stores and in B's dtype."""
+        slot = self.lora_B if adapter in self.lora_B else self.lora_embedding_B
+        return self.fold_delta(adapter).to(_first_parameter(slot[adapter]).dtype)
 
     def fold_delta(self, name: str) -> torch.Tensor:
         """What folding adds to the weight that `_read_base` gives."""
@@ -166,7 +171,8 @@ class LoraLayer(AdapterLayer):
 
     def low_rank_delta(self, name: str) -> torch.Tensor:
         """`scaling · B A` in the shape of the base weight, in the precision that additions are done in."""
-        return self.get_delta_weight(name)
+        a, b = (factor.double() if factor.dtype == torch.float64 else factor.float() for factor in self.factors(name))
+        return self.as_stored(b @ a) * self.scaling[name]
 
     # ---- slots -----------------------------------------------------------------------------------------------------
     def has_adapter(self, name: str) -> bool:

@@ -92,14 +92,9 @@ class _ConvNd(LoraLayer, nn.Module):
         weight = find_weight(base)
         return weight if base.groups == 1 else _UngroupedWeight(weight, base)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`scaling · B A` as the weight `[out, in, *kernel]` of a convolution with one group."""
-        a, b = self.factors(adapter)
-        dtype = b.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            a, b = a.float(), b.float()
-        delta = (b @ a) * self.scaling[adapter]
-        return delta.reshape(self.out_features, self.in_features, *self.get_base_layer().kernel_size).to(dtype)
+    def as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """As the weight `[out, in, *kernel]` of a convolution with one group."""
+        return matrix.reshape(self.out_features, self.in_features, *self.get_base_layer().kernel_size)
 
     # ---- groups ----------------------------------------------------------------------------------------------------
     def _read_base(self) -> Folded:

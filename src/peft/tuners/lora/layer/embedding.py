@@ -91,13 +91,8 @@ class Embedding(LoraLayer, nn.Module):
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return whole(self.lora_embedding_A, name), whole(self.lora_embedding_B, name)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`scaling · (B A)ᵀ`, shape `[num_embeddings, embedding_dim]`."""
-        a, b = self.factors(adapter)
-        dtype = b.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            a, b = a.float(), b.float()
-        return ((b @ a).t() * self.scaling[adapter]).to(dtype)
+    def as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t()
 
     def _embed(
         self,

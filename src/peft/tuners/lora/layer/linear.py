@@ -140,13 +140,8 @@ class LoraLinearBase(LoraLayer, nn.Module):
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return as_matrix(self.lora_A[name]), as_matrix(self.lora_B[name])
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What the adapter adds to the weight, in the base layer's own orientation: `[out, in]`, or `[in, out]`."""
-        return self.fold_delta(adapter).to(self.lora_B[adapter].weight.dtype)
-
-    def low_rank_delta(self, name: str) -> torch.Tensor:
-        a, b = (factor.double() if factor.dtype == torch.float64 else factor.float() for factor in self.factors(name))
-        return transpose(b @ a, self.fan_in_fan_out) * self.scaling[name]
+    def as_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        return transpose(matrix, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         variant = self.lora_variant.get(adapter_name)

@@ -43,7 +43,7 @@ class QALoraLinearVariant(AdditiveVariant):
         size = module.qalora_group_size[active_adapter]
         product = b.to(wide) @ a.to(wide) * (module.scaling[active_adapter] * a.shape[1] / size)
         delta = product.repeat_interleave(size, dim=1)
-        return delta.t() if module.fan_in_fan_out else delta
+        return module.as_stored(delta)
 
     @staticmethod
     def get_delta_weight(module: LoraLayer, active_adapter: str) -> torch.Tensor:
