@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers.utils import PushToHubMixin
 
 from peft.config import PeftConfig
-from peft.peft_model import card, loading, saving, status
-from peft.peft_model.adapters import added_adapter, check_adapter_name, disabled_adapters
+from peft.peft_model import loading, saving
+from peft.peft_model.adapters import HoldsAdapters, added_adapter, check_adapter_name
 from peft.peft_model.offload import place_adapter
 from peft.tuners.mixed import MixedModel
 from peft.utils.constants import DUMMY_MODEL_CONFIG
 
 
-class PeftMixedModel(PushToHubMixin, nn.Module):
+class PeftMixedModel(PushToHubMixin, HoldsAdapters):
     """A base model with adapters of several methods; any number of them is active at a time.
 
     Attributes that are not found here are looked for in the tuner `base_model`, and then in the base model.
@@ -69,28 +67,12 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        return self.base_model.peft_config
-
-    @property
     def active_adapter(self) -> str | list[str]:
         return self.base_model.active_adapter
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
 
     def get_base_model(self) -> nn.Module:
         """The base model, its layers still wrapped."""
         return self.base_model.model
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":  # not set yet: asking it for its own name would not end
-                raise
-            return getattr(self.base_model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass with the active adapters."""
@@ -161,19 +143,6 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         for name in self._check_adapters_exist(adapter_name):
             self.base_model.delete_adapter(name)
 
-    def _check_adapters_exist(self, adapter_name: str | list[str]) -> list[str]:
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"There are no adapters {unknown}; this model has {sorted(self.peft_config)}.")
-        return names
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Give the base model's output inside the block; adapters are frozen there and restored after it."""
-        with disabled_adapters(self.base_model):
-            yield
-
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Fold adapters into the base weights and return the plain base model. Arguments as in the tuners."""
         return self.base_model.merge_and_unload(*args, **kwargs)
@@ -182,22 +151,8 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
         """Return the base model without its adapters, merging nothing."""
         return self.base_model.unload(*args, **kwargs)
 
-    # ---- what it says of itself --------------------------------------------------------------------------------------
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """The state of every adapted layer."""
-        return status.get_layer_status(self.base_model)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """The state of all adapted layers together."""
-        return status.get_model_status(self.base_model)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of trainable and of all parameters."""
-        return status.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained."""
-        print(status.trainable_summary(*self.get_nb_trainable_parameters()))
+    def _status_of(self) -> nn.Module:
+        return self.base_model
 
     # ---- files -----------------------------------------------------------------------------------------------------
     def save_pretrained(
@@ -279,11 +234,3 @@ class PeftMixedModel(PushToHubMixin, nn.Module):
             ValueError: No adapter is found, or it does not fit the model.
         """
         return loading.load_adapter(self, model_id, adapter_name, *args, **kwargs)
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Write README.md, or complete the one that is there.
-
-        Args:
-            output_dir: Folder of the adapters.
-        """
-        card.write_model_card(self, output_dir)

@@ -1,15 +1,95 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Small things that every model with adapters does: naming them, and switching all of them off for a while."""
+"""What every model with adapters does: naming them, switching all of them off for a while, and saying how it stands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 from peft.config import PeftConfig
 from peft.engine.layer import BaseTunerLayer
 from peft.engine.tuner import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.seams import public
+
+from . import card, status
+
+FACADE = "peft.peft_model"  # where other packages look for, and replace, the functions that this package calls
+
+
+class HoldsAdapters(nn.Module):
+    """A model whose tuner is `base_model`; what is not found here is looked for there, and then in the base model."""
+
+    base_model: BaseTuner
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self.base_model.peft_config = value
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not set yet: asking it for its own name would not end
+                raise
+            return getattr(self.base_model, name)
+
+    def _check_adapters_exist(self, adapter_names: str | Sequence[str]) -> list[str]:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {', '.join(map(repr, unknown))}; this model has "
+                f"{', '.join(map(repr, self.peft_config)) or 'none'}."
+            )
+        return names
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Give the base model's output inside the block; adapters are frozen there and restored after it."""
+        with disabled_adapters(self.base_model):
+            yield
+
+    # ---- what it says of itself --------------------------------------------------------------------------------------
+    def _status_of(self) -> nn.Module:
+        """The model that a status is asked of."""
+        return self
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The state of every adapted layer."""
+        return public(FACADE, "get_layer_status")(self._status_of())
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The state of all adapted layers together."""
+        return public(FACADE, "get_model_status")(self._status_of())
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Number of trainable and of all parameters."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained."""
+        print(status.trainable_summary(*self.get_nb_trainable_parameters()))
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Write README.md, or add to the one that is there what the Hub needs to know of an adapter.
+
+        Args:
+            output_dir: Folder of the adapters.
+        """
+        card.write_model_card(self, output_dir)
 
 
 @contextmanager

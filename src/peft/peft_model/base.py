@@ -15,14 +15,12 @@ from transformers.utils import PushToHubMixin
 from peft.config import PeftConfig
 from peft.utils.seams import public
 
-from . import card, loading, prompts, saving, status
-from .adapters import added_adapter, check_adapter_name, disabled_adapters
+from . import loading, prompts, saving, status
+from .adapters import FACADE, HoldsAdapters, added_adapter, check_adapter_name
 from .offload import place_adapter
 
-FACADE = "peft.peft_model"  # where other packages look for, and replace, the functions that this package calls
 
-
-class PeftModel(PushToHubMixin, nn.Module):
+class PeftModel(PushToHubMixin, HoldsAdapters):
     """A base model with named adapters, one of which is active.
 
     Attributes that are not found here are looked for in the tuner `base_model`, and then in the base model.
@@ -79,18 +77,6 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     # ---- what is inside --------------------------------------------------------------------------------------------
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        return self.base_model.peft_config
-
-    @peft_config.setter
-    def peft_config(self, value: dict[str, PeftConfig]) -> None:
-        self.base_model.peft_config = value
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
-
-    @property
     def active_peft_config(self) -> PeftConfig:
         """Config of the active adapter."""
         if self.active_adapter not in self.peft_config:
@@ -118,14 +104,6 @@ class PeftModel(PushToHubMixin, nn.Module):
     def get_base_model(self) -> nn.Module:
         """The base model, its layers still wrapped; see `unload` and `merge_and_unload` for the plain one."""
         return self.base_model if self._is_prompt_learning else self.base_model.model
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":  # not set yet: asking it for its own name would not end
-                raise
-            return getattr(self.base_model, name)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     @contextmanager
@@ -233,7 +211,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         Raises:
             ValueError: There is no such adapter.
         """
-        self._check_adapters_exist([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        self._check_adapters_exist(adapter_names)
         self.base_model.set_requires_grad(adapter_names, requires_grad=requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -248,20 +226,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         self._check_adapters_exist([adapter_name])
         self.base_model.delete_adapter(adapter_name)
         self.active_adapter = next(iter(self.active_adapters), None)
-
-    def _check_adapters_exist(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"There is no adapter {', '.join(map(repr, unknown))}; this model has "
-                f"{', '.join(map(repr, self.peft_config)) or 'none'}."
-            )
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Give the base model's output inside the block; adapters are frozen there and restored after it."""
-        with disabled_adapters(self.base_model):
-            yield
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter's update of the weights can be written as LoRA.
@@ -285,23 +249,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         """The prompt that a prompt-learning adapter is saved as; a ValueError for adapters that have none."""
         self._check_adapters_exist([adapter_name])
         prompts.no_prompt(self, adapter_name)
-
-    # ---- what it says of itself --------------------------------------------------------------------------------------
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """The state of every adapted layer."""
-        return public(FACADE, "get_layer_status")(self)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """The state of all adapted layers together."""
-        return public(FACADE, "get_model_status")(self)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Number of trainable and of all parameters."""
-        return status.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained."""
-        print(status.trainable_summary(*self.get_nb_trainable_parameters()))
 
     # ---- files -----------------------------------------------------------------------------------------------------
     def save_pretrained(
@@ -428,14 +375,6 @@ class PeftModel(PushToHubMixin, nn.Module):
             key_mapping=key_mapping,
             **kwargs,
         )
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Write README.md, or add to the one that is there what the Hub needs to know of an adapter.
-
-        Args:
-            output_dir: Folder of the adapter.
-        """
-        card.write_model_card(self, output_dir)
 
 
 def _uses_gradient_checkpointing(model: nn.Module) -> bool:
