@@ -144,3 +144,10 @@ def test_the_bias_that_is_trained_is_saved(bias, tmp_path):
     loaded = PeftModel.from_pretrained(Net(), tmp_path).eval()
     torch.testing.assert_close(loaded(X), model(X))
     assert not torch.equal(loaded(X), tuned()(X))
+
+
+def test_an_out_projection_that_is_named_too_is_adapted_once():
+    model = tuned(target_modules=["attn", "out_proj"])
+    names = [name for name, _ in model.named_parameters() if "out_proj.lora_" in name]
+    assert names == [f"base_model.model.attn.base_layer.out_proj.lora_{side}.default.weight" for side in "AB"]
+    torch.testing.assert_close(model(X), reference(model)(X))
