@@ -155,6 +155,68 @@ def test_every_write_between_passes_is_seen(model):
     check(model)
 
 
+def step_of(make):
+    """A change: one step of the optimizer that `make` makes."""
+
+    def change(model):
+        net_of(model)(x_of(model)).square().sum().backward()
+        make(trained(model)).step()
+
+    return change
+
+
+def adamw_8bit(parameters):
+    bnb = pytest.importorskip("bitsandbytes")
+    return bnb.optim.AdamW8bit(parameters, lr=0.1, min_8bit_size=16)
+
+
+def write_data(model):
+    trained(model)[0].data.view(-1)[-1] += 1.0
+
+
+def load(model):
+    state = {name: value * 1.5 if "lora" in name else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+def change_rank(model):
+    config = copy.deepcopy(model.peft_config["default"])
+    config.r, config.rank_pattern = 5, {}
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+
+
+CHANGES = {
+    "torch's fused AdamW": step_of(lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True)),
+    "AdamW8bit": step_of(adamw_8bit),
+    ".data": write_data,
+    "load_state_dict": load,
+    "another adapter": lambda model: model.set_adapter("other"),
+    "another rank": change_rank,
+    "scaling": lambda model: net_of(model).layers[1].set_scale("default", 3.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default' was active and is deleted")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_at_the_next_forward(body, change, monkeypatch):
+    """On every body, through the model as a user calls it."""
+    monkeypatch.setattr(LoraLayer, "dora_route", lambda self, name: body.route)
+    torch.manual_seed(0)
+    targets = ["layers.0", "layers.1", "layers.2", "layers.3"]
+    config = LoraConfig(r=4, target_modules=targets, use_dora=True, init_lora_weights=False)
+    model = get_peft_model(Net(), config).to(body.device)
+    model.add_adapter("other", copy.deepcopy(config))
+    model.to(body.device)
+    before = [results(model)[0] for _ in range(2)]
+    assert torch.equal(*before)
+    CHANGES[change](model)
+    model.to(body.device)
+    check(model)
+    assert not torch.equal(results(model)[0], before[0])
+
+
 def test_layers_called_outside_of_a_pass(model):
     check(model)
     layer = net_of(model).layers[3]
