@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from registry import CASES, IMPLEMENTATIONS, PACKED, implementations_of, predict_ms
 from rows import ROOT, SOURCE, append, commit, path_of, source_digest
+from verify import TESTS
 
 MARK = "ROW "
 TIMEOUT_S = 3600
@@ -130,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="the file for the rows; default: results/DEVICE.jsonl")
     parser.add_argument("--commit", default=None, help="the commit to write down where there is no repository")
     parser.add_argument("--verify", action="store_true", help="run the tests first; measure only if they are green")
-    parser.add_argument("--tests", nargs="+", default=["tests/dora"], help="pytest's arguments for --verify")
+    parser.add_argument("--tests", nargs="+", default=[TESTS], help="pytest's arguments for --verify")
     return parser.parse_args()
 
 

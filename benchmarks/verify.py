@@ -38,6 +38,8 @@ FIELDS = {
 # are near ln(vocabulary) ≈ 10, printed to 1e-6, and computed in bf16 after up to eleven AdamW steps. Without training
 # they are of few tokens' logits, over which rounding does not average out.
 LOSS_TOLERANCE = {"train": 2e-2, "prefill": 1e-1, "decode": 1e-1}
+# Green tests of something else, or a handful of them, say nothing of what was measured.
+TESTS, LEAST_TESTS = "tests/dora", 100
 COUNTERPART = {
     "lora": "upstream-lora",
     "dora": "upstream-dora",
@@ -79,6 +81,8 @@ def faults_of_tests(row: dict) -> list[str]:
     faults = []
     if tests.get("exit") != 0 or tests.get("failed") != 0 or not tests.get("passed"):
         faults.append(f"its tests are not green: {tests.get('passed')} passed, {tests.get('failed')} failed")
+    elif TESTS not in str(tests.get("command")).split() or tests["passed"] < LEAST_TESTS:
+        faults.append(f"its tests are not those of {TESTS}, of which at least {LEAST_TESTS} must have passed")
     if tests.get("source") != row["source"]:
         faults.append("its tests ran on other sources")
     if CASES[row["case"]].device == "cuda" and tests.get("gpu") != row["device"]:

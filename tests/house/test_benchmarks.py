@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+GREEN = {
+    "command": "pytest tests/dora", "exit": 0, "passed": 360, "failed": 0, "source": "feedfacefeedface", "gpu": "Some GPU",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def row():
         "run": "2026-01-01T00:00:00Z",
         "commit": "0123456789ab",
         "source": "feedfacefeedface",
-        "tests": {"exit": 0, "passed": 9, "failed": 0, "source": "feedfacefeedface", "gpu": "Some GPU"},
+        "tests": GREEN,
         "device": "Some GPU",
         "versions": {"torch": "2", "triton": "3", "transformers": "5", "peft": "0.21.2+triton.1"},
         "prediction_ms": 90.0,
@@ -53,19 +56,13 @@ def test_a_sound_row_may_be_quoted(bench, row):
     ("change", "fault"),
     [
         ({"tests": None}, "no tests ran"),
-        (
-            {"tests": {"exit": 1, "passed": 8, "failed": 1, "source": "feedfacefeedface", "gpu": "Some GPU"}},
-            "not green",
-        ),
-        (
-            {"tests": {"exit": 0, "passed": 0, "failed": 0, "source": "feedfacefeedface", "gpu": "Some GPU"}},
-            "not green",
-        ),
-        ({"tests": {"exit": 0, "passed": 9, "failed": 0, "source": "0" * 16, "gpu": "Some GPU"}}, "other sources"),
-        (
-            {"tests": {"exit": 0, "passed": 9, "failed": 0, "source": "feedfacefeedface", "gpu": None}},
-            "ran on the CPU",
-        ),
+        ({"tests": {**GREEN, "exit": 1, "failed": 1}}, "not green"),
+        ({"tests": {**GREEN, "passed": 0}}, "not green"),
+        ({"tests": {**GREEN, "passed": 9}}, "at least 100"),
+        ({"tests": {**GREEN, "command": "pytest tests/house"}}, "not those of tests/dora"),
+        ({"tests": {**GREEN, "source": "0" * 16}}, "other sources"),
+        ({"tests": {**GREEN, "gpu": None}}, "ran on the CPU"),
+        ({"tests": {**GREEN, "gpu": "Another GPU"}}, "not on Some GPU"),
         ({"p50_ms": 98.0}, "p20 <= p50"),
         ({"p50_ms": None}, "p50_ms is None"),
         ({"peak_mib": "much"}, "peak_mib is 'much'"),
