@@ -96,6 +96,7 @@ def draw_curves(path: Path) -> Path | None:
         lower.plot([abs(a - b) for a, b in zip(ours, upstream, strict=True)], color="#606060", linewidth=0.8)
         lower.axhline(LOSS_BOUND, color="#d1495b", linewidth=1, linestyle="--", label="bound of the mean")
         lower.set_yscale("symlog", linthresh=1e-7)
+        lower.set_ylim(bottom=0)
         lower.set_title(f"|Δ|, mean {curves_apart(row):.1e}")
         lower.legend(frameon=False)
         for panel in (upper, lower):

@@ -103,7 +103,7 @@ def sentence_of(path: Path) -> str | None:
     apart = " and ".join(f"{curves_apart(row):.1e} in {precision}" for precision, row in rows.items())
     return (
         f"{ours['device']}: over {steps} steps of the example's small model the losses of our DoRA and of upstream's "
-        f"(peft {upstream['versions']['peft']}) differ by {apart} in the mean; curves in `{path.stem}.png`."
+        f"(peft {upstream['versions']['peft']}) differ by {apart} in the mean; curves in `benchmarks/results/{path.stem}.png`."
     )
 
 
