@@ -103,13 +103,6 @@ def scale_gradient(
     return t, torch.where(zero, 0.0, total / torch.where(zero, 1.0, divisor)), None
 
 
-def row_norm_of(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`row_norm` of a dense W `[out, in]`."""
-    from .norm import row_norm_torch
-
-    return row_norm_torch(DenseWeight(W), A, B, scaling)
-
-
 class DenseWeight:
     """A matrix `[out, in]` in the clothes of `peft.weights.BaseWeight`, as far as this package asks.
 

@@ -27,12 +27,6 @@ class Kernel:
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: tuple[torch.Tensor | None, ...], numbers: tuple, *rest: Any
-    ) -> None:
-        """Launch once, the ordinary way; see `prepare`."""
-        self.prepare(grid, numbers, *rest).ordinary(tensors)
-
     def prepare(
         self,
         grid: tuple[int, int, int],
