@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,16 @@ LEARNING_RATE = 1e-4
 EAGER_STEPS = 2  # before a step is captured: lazy state is made in them, and kernels are compiled
 
 
-def make_step(model: nn.Module, case: Case, mode: str) -> Callable[[], torch.Tensor]:
-    """A function that runs one step of `case` on the device and returns its loss (a scalar) or its logits."""
+def make_step(model: nn.Module, case: Case, mode: str, engine: Any = None) -> Callable[[], torch.Tensor]:
+    """A function that runs one step of `case` on the device and returns its loss (a scalar) or its logits.
+
+    `engine` is DeepSpeed's where backward passes and steps are its business.
+    """
     if mode == "compiled":
         for layer in model.modules():
             if type(layer).__name__ == "LlamaDecoderLayer":
                 layer.compile(fullgraph=True)
-    step = training_step(model, case, mode) if case.kind == "train" else inference_step(model, case, mode)
+    step = training_step(model, case, mode, engine) if case.kind == "train" else inference_step(model, case, mode)
     return Captured(step) if mode == "graph" else step
 
 
@@ -44,11 +48,12 @@ def random_ids(case: Case, *shape: int) -> torch.Tensor:
     return torch.randint(case.widths.vocab, shape, device=case.device, generator=generator)
 
 
-def training_step(model: nn.Module, case: Case, mode: str) -> Callable[[], torch.Tensor]:
+def training_step(model: nn.Module, case: Case, mode: str, engine: Any = None) -> Callable[[], torch.Tensor]:
     """One optimizer step; the loss is the mean over its micro-batches."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     capturable = {"capturable": True} if mode == "graph" else {}
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True, **capturable) if trained else None
+    ours = bool(trained) and engine is None
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True, **capturable) if ours else None
     autocast = make_autocast(case, mode)
     if case.mlp:
         generator = torch.Generator(case.device).manual_seed(SEED + 2)
@@ -68,7 +73,11 @@ def training_step(model: nn.Module, case: Case, mode: str) -> Callable[[], torch
             out.backward(dy.to(out.dtype))
             x.grad = None
             return (out.detach().float() * dy.float()).mean()
-        loss.backward()
+        if engine is None:
+            loss.backward()
+        else:
+            engine.backward(loss, scale_wrt_gas=False)
+            engine.step()
         return loss.detach()
 
     def step() -> torch.Tensor:

@@ -26,9 +26,9 @@ def four() -> Iterator[Ranks]:
     yield from _serving(4)
 
 
-@pytest.fixture(scope="session")
-def gpus() -> Iterator[Ranks]:
-    """Two ranks with a GPU each."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    yield from _serving(2, "cuda")
+@pytest.fixture(scope="session", params=[1, 2], ids=["one_gpu", "two_gpus"])
+def gpus(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Ranks with a GPU each, as many as there are GPUs for; one alone goes through NCCL too."""
+    if torch.cuda.device_count() < request.param:
+        pytest.skip(f"needs {request.param} CUDA devices")
+    yield from _serving(request.param, "cuda")
