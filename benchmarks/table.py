@@ -17,6 +17,9 @@ from registry import CASES, IMPLEMENTATIONS
 from rows import RESULTS, ROOT, files, has_curves, latest_runs, read
 from verify import curves_apart, faults, faults_of_curves
 
+sys.path.append(str(ROOT / "docs"))
+from marked import between
+
 BEGIN, END = "<!-- results: begin (benchmarks/table.py) -->", "<!-- results: end -->"
 GUIDES = ROOT / "docs" / "source" / "developer_guides"
 COLUMNS = {
@@ -114,19 +117,6 @@ def results(quoted: Quoted) -> str:
     return "\n\n".join(filter(None, [*tables, *curves] if any(tables) else [NOTHING, *curves]))
 
 
-def with_results(page: str, text: str) -> str:
-    """`page` with `text` between its marks.
-
-    Raises:
-        ValueError: if the marks are not there, once each and in order.
-    """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in tail or END in head:
-        raise ValueError(f"expected the marks {BEGIN!r} and {END!r}, once each and in order")
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="rewrite the pages")
@@ -138,7 +128,7 @@ def main() -> int:
     stale = 0
     for path, quoted in PAGES.items():
         page = path.read_text(encoding="utf-8")
-        new = with_results(page, results(quoted))
+        new = between(page, BEGIN, END, results(quoted))
         if new != page:
             stale += 1
             if arguments.write:

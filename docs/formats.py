@@ -9,11 +9,12 @@ python formats.py --check    # fail if the page says something else than the cod
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+
+from marked import run
 
 from peft.weights import BaseWeight
 from peft.weights.aqlm import AqlmWeight
@@ -191,27 +192,5 @@ def lora_class(form: Form) -> str:
     }.get(form.weight, layer.Linear).__name__  # fmt: skip
 
 
-def page_with(text: str) -> str:
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into the page")
-    parser.add_argument("--check", action="store_true", help="fail if the page says something else")
-    arguments = parser.parse_args()
-    if arguments.write:
-        PAGE.write_text(page_with(table()), encoding="utf-8")
-    elif arguments.check:
-        if PAGE.read_text(encoding="utf-8") != page_with(table()):
-            print(f"{PAGE.name}: the table of formats is out of date; run `python docs/formats.py --write`")
-            return 1
-    else:
-        print(table())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, [PAGE], BEGIN, END, table()))

@@ -8,11 +8,12 @@ python docs/works_with.py --check    # fail if the README holds another one
 
 from __future__ import annotations
 
-import argparse
 import ast
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from marked import run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -83,39 +84,5 @@ def table(tests: Path) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, text: str) -> str:
-    """`page` with `text` between its marks.
-
-    Raises:
-        ValueError: The marks are not there, once each and in order.
-    """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in tail or END in head:
-        raise ValueError(f"expected the marks {BEGIN!r} and {END!r}, once each and in order")
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="rewrite the README")
-    parser.add_argument("--check", action="store_true", help="fail if the README differs")
-    arguments = parser.parse_args()
-    text = table(ROOT / "tests")
-    if not (arguments.write or arguments.check):
-        print(text)
-        return 0
-    page = README.read_text("utf-8")
-    new = with_table(page, text)
-    if new == page:
-        return 0
-    if arguments.check:
-        print("README.md is stale: run python docs/works_with.py --write")
-        return 1
-    README.write_text(new, encoding="utf-8")
-    print("README.md rewritten")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, [README], BEGIN, END, table(ROOT / "tests")))

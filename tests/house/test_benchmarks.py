@@ -224,10 +224,6 @@ def test_the_table_quotes_rows_and_invents_none(bench, row, tmp_path):
     text = table.table_of(path)
     assert "100 / 5,000 (0.80×)" in text
     assert "125 / 5,000" in text
-    page = f"head\n{table.BEGIN}\nold\n{table.END}\ntail\n"
-    assert table.with_results(page, "new") == f"head\n{table.BEGIN}\nnew\n{table.END}\ntail\n"
-    with pytest.raises(ValueError, match="expected the marks"):
-        table.with_results("no marks", "new")
 
 
 def test_the_plot_draws_what_may_be_quoted(bench, row, tmp_path):

@@ -103,13 +103,22 @@ def test_sessions_in_pages_run_as_written(page, tmp_path, monkeypatch):
     assert not results.failed, "".join(report)
 
 
+def test_a_part_of_a_page_is_rewritten_between_its_marks():
+    between = runpy.run_path(str(ROOT / "docs" / "marked.py"))["between"]
+    assert between("head\n<a>\nold\n<b>\ntail\n", "<a>", "<b>", "new") == "head\n<a>\nnew\n<b>\ntail\n"
+    for page in ("no marks", "<a> alone", "<b> before <a>", "<a> <b> <a> <b>", "<a> <b> <b>"):
+        with pytest.raises(ValueError, match="expected the marks"):
+            between(page, "<a>", "<b>", "new")
+
+
 def test_tables_of_results_are_those_of_the_rows():
     command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_table_of_what_it_works_with_is_that_of_the_tests(tmp_path):
+def test_the_table_of_what_it_works_with_is_that_of_the_tests(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
     script = ROOT / "docs" / "works_with.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

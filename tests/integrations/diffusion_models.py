@@ -1,41 +1,18 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""A pipeline around a tiny UNet and one around a tiny diffusion transformer, both fed with embeddings of prompts."""
+"""A pipeline around a tiny UNet, the example's, and one around a tiny diffusion transformer, both fed with embeddings."""
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "diffusion_dora" / "diffusion_dora.py"
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
-
-
-def unet_pipeline() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, **BLOCKS)
-    nothing = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    return StableDiffusionPipeline(
-        vae=vae, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **nothing
-    )
+unet_pipeline = runpy.run_path(str(EXAMPLE))["smoke_pipeline"]
 
 
 def dit_pipeline() -> FluxPipeline:
@@ -67,5 +44,6 @@ def draw(pipeline: Any, steps: int = 2) -> torch.Tensor:
         given = {"pooled_prompt_embeds": torch.randn(1, 8, generator=noise), "max_sequence_length": 48}
     else:
         given = {"negative_prompt_embeds": torch.zeros_like(prompt)}
-    options = {"num_inference_steps": steps, "output_type": "latent", "height": 8, "width": 8, "generator": noise}
-    return pipeline(prompt_embeds=prompt, **given, **options).images
+    side = 8 * pipeline.vae_scale_factor
+    options = {"num_inference_steps": steps, "output_type": "latent", "height": side, "width": side}
+    return pipeline(prompt_embeds=prompt, generator=noise, **given, **options).images
