@@ -239,6 +239,46 @@ def test_shapes_are_compared_with_those_of_the_whole(two):
         assert "lora_A.default.weight: saved [1, 32], here [4, 32]" in message
 
 
+def fit_by_trainer(folder: str, stage: int, resume: str | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of a Trainer's run of four steps with a checkpoint after two, and the adapter of its last checkpoint."""
+    from accelerate.state import AcceleratorState, PartialState
+    from transformers import Trainer, TrainingArguments
+
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    arguments = TrainingArguments(
+        folder, max_steps=4, save_steps=2, logging_steps=1, per_device_train_batch_size=2, learning_rate=1e-2,
+        deepspeed=config, report_to=[], disable_tqdm=True, use_cpu=device() == "cpu", seed=0,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in batches(steps=2).flatten(0, 1)]
+    try:
+        trainer = Trainer(adapted(base_model(device())), arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        # The ranks serve other tests too.
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, get_peft_model_state_dict(PeftModel.from_pretrained(base_model(), f"{folder}/checkpoint-4"))
+
+
+@pytest.mark.works_with("DeepSpeed", "`Trainer`, its checkpoints and resuming from them")
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainers_run_is_resumed(two, stage, tmp_path):
+    whole, *others = two.run(fit_by_trainer, str(tmp_path), stage, None)
+    assert whole[0][-1] < whole[0][0] and others[0][0] == whole[0]
+    resumed = two.run(fit_by_trainer, str(tmp_path), stage, str(tmp_path / "checkpoint-2"))[0]
+    assert resumed[0] == whole[0]
+    for name, value in whole[1].items():
+        assert torch.equal(resumed[1][name], value), name
+
+
 class Status(enum.Enum):
     """As deepspeed's `ZeroParamStatus`, by name."""
 
