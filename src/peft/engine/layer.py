@@ -17,6 +17,12 @@ from peft.weights import find_weight
 from .devices import move_slot_to_base_layer
 
 
+class Changes:
+    """How often any layer's adapters changed: while the number stands, all are as they were."""
+
+    number = 0
+
+
 class BaseTunerLayer(ABC):
     """Mixin of a layer that wraps `base_layer` and holds one slot of parameters for each adapter.
 
@@ -32,6 +38,7 @@ class BaseTunerLayer(ABC):
     quantization_backend = None
     frozen_biases: tuple[str, ...] = ()  # parameters of the base layer that no `bias` setting trains
 
+    _run_name: str | None = None  # the method that calls with nothing but `x` run, once it was chosen
     _changes = 0  # how often `_replan` was called: what a compiler made is good for one count
     _disable_adapters: bool = False
     _active_adapter: str | list[str] = "default"
@@ -205,8 +212,9 @@ class BaseTunerLayer(ABC):
     # ---- plumbing ------------------------------------------------------------------------------------------------
     def _replan(self) -> None:
         """Forget what the forward pass worked out; it is worked out again when it is next needed."""
-        self.__dict__["_run"] = None
+        self.__dict__["_run"] = self.__dict__["_run_name"] = None
         self.__dict__["_changes"] = self._changes + 1
+        Changes.number += 1
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Put a new adapter where the base weight is, in the base weight's dtype if that can hold gradients."""

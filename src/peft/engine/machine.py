@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from peft.utils.warning import PeftWarning
 from peft.weights import find_weight
 
-from .layer import BaseTunerLayer, check_adapters_to_merge
+from .layer import BaseTunerLayer, Changes, check_adapters_to_merge
 from .method import Folded, Method
 
 BASE_ADAPTER = "__base__"  # in a mixed batch: the rows that no adapter touches
@@ -85,12 +86,18 @@ class AdapterLayer(BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not args and not kwargs:
             if torch.compiler.is_compiling():
-                return getattr(self, _name_of_plan(self, self._changes))(x)
+                return getattr(self, self._run_name or _name_of_plan(self, self._changes))(x)
             run = self.__dict__.get("_run")
             if run is None:
-                run = self.__dict__["_run"] = self._plan_run()
+                run = self._plan()
             return run(self, x)
         return self._forward_general(x, *args, **kwargs)
+
+    def _plan(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+        """Work out how calls run, and note it."""
+        run = self.__dict__["_run"] = self._plan_run()
+        self.__dict__["_run_name"] = run.__name__
+        return run
 
     def _plan_run(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         """Choose how calls with nothing but `x` run until the adapters change again."""
@@ -285,13 +292,28 @@ class AdapterLayer(BaseTunerLayer):
 
 def _name_of_plan(layer: AdapterLayer, changes: int) -> str:
     """The method that runs a layer, chosen beside a compiler's trace; a new count of `changes` makes it ask again."""
-    run = layer.__dict__.get("_run")
-    if run is None:
-        run = layer.__dict__["_run"] = layer._plan_run()
-    return run.__name__
+    return (layer.__dict__.get("_run") or layer._plan()).__name__
 
 
 _name_of_plan._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import Dynamo now
+
+
+_planned: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+def plan_compiled(model: torch.nn.Module, *args: Any) -> None:
+    """A hook before a model's forward: layers within its compiled parts choose how they run before they are traced.
+
+    What is asked for during a trace is good for one layer alone, and the next decoder layer would be compiled anew.
+    """
+    if torch.compiler.is_compiling() or _planned.get(model) == Changes.number:
+        return
+    _planned[model] = Changes.number
+    for part in model.modules():
+        if part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule":
+            for layer in part.modules():
+                if isinstance(layer, AdapterLayer) and layer._run_name is None:
+                    layer._plan()
 
 
 def _is_finite(folded: Folded) -> bool:

@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from peft import dora
 from peft.engine.layer import BaseTunerLayer
+from peft.engine.machine import plan_compiled
 from peft.engine.replicate import replicate_layers
 from peft.engine.targets import is_transformers_model
 from peft.engine.tuner import BaseTuner
@@ -63,6 +64,8 @@ class LoraModel(BaseTuner):
     def __init__(self, model: Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         dora.watch_passes(self.model)
+        if plan_compiled not in self.model._forward_pre_hooks.values():
+            self.model.register_forward_pre_hook(plan_compiled)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         dora.begin_pass(self.model)
@@ -74,6 +77,9 @@ class LoraModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         dora.unwatch_passes(model)
+        hooks = model._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is plan_compiled]:
+            del hooks[key]
         return model
 
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
