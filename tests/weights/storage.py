@@ -31,9 +31,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def stored(layer: nn.Module) -> list[torch.Tensor]:
-    """Copies of every tensor that a layer holds, tensor subclasses taken apart, as bytes."""
+    """Copies of every tensor that a layer holds, caches left out and tensor subclasses taken apart, as bytes."""
     held = [*layer.parameters(), *layer.buffers()]
-    held += [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    others = {name: value for name, value in vars(layer).items() if not name.endswith("_cache")}
+    held += [value for value in others.values() if isinstance(value, torch.Tensor)]
     flat = []
     for tensor in held:
         if hasattr(type(tensor), "__tensor_flatten__"):

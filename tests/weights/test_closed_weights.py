@@ -4,35 +4,13 @@ gives its layers, since those kernels run on GPUs alone."""
 
 import pytest
 import torch
+from makers import BaseQuantLinear, named
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.weights import find_weight
-
-
-class BaseQuantLinear(nn.Module):
-    SUPPORTS_TRAINING = True
-
-    def __init__(self, out=12, features=8, bias=True):
-        super().__init__()
-        self.out_features, self.in_features = out, features
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("qweight", torch.randn(features, out, generator=generator).half().view(torch.int16))
-        self.register_buffer("scales", torch.ones(1, dtype=torch.float16))
-        self.register_buffer("bias", 100 * torch.randn(out, generator=generator).half() if bias else None)
-
-    def forward(self, x):
-        y = x @ self.qweight.view(torch.float16).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-
-BaseQuantLinear.__module__ = "gptqmodel.nn_modules.qlinear"
-
-
-def named(name, **attributes):
-    return type(name, (BaseQuantLinear,), {"__module__": "gptqmodel.nn_modules.qlinear.made_up", **attributes})
 
 
 def matrix_of(layer):

@@ -4,6 +4,7 @@ from a hub and needs a GPU: where its tests run the layer, a PyTorch body that r
 
 import pytest
 import torch
+from makers import blocked, fbgemm, pytorch_body, rowwise
 from storage import (
     Model,
     adapted,
@@ -17,9 +18,9 @@ from storage import (
     relative,
 )
 from torch import nn
-from transformers.integrations import compressed_tensors as by_row
-from transformers.integrations import fbgemm_fp8
+from transformers import GptOssConfig
 from transformers.integrations import finegrained_fp8 as by_block
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
@@ -30,64 +31,9 @@ ROOM = 0.08
 METHODS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 
 
-def _round_rows(x):
-    data, scale = by_row.quantize_fp8_per_row(x.reshape(-1, x.shape[-1]))
-    return (data.float() * scale[:, None]).view(x.shape)
-
-
-def pytorch_body(x, weight, scale, block_size=None, bias=None, activation_scale=None, allow_deepgemm=True):
-    """What `fp8_linear` computes, in PyTorch: activations rounded to float8 by row, a float32 product."""
-    dense = by_block._dequantize_fp8_weight(weight, scale, block_size, torch.float32)
-    y = _round_rows(x.float()) @ dense.T
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
 @pytest.fixture(autouse=True)
 def without_the_hub(monkeypatch):
     monkeypatch.setattr(by_block, "fp8_linear", pytorch_body)
-
-
-def blocked(block=(32, 64), scale_fmt="float"):
-    def make(out, features, matrix, bias):
-        layer = by_block.FP8Linear(features, out, block, scale_fmt=scale_fmt, has_bias=True)
-        fill(layer, matrix, bias)
-        return layer
-
-    return make
-
-
-def rowwise(out, features, matrix, bias):
-    layer = by_row.CompressedTensorsFP8Linear(features, out, has_bias=True)
-    data, scale = by_row.quantize_fp8_per_row(matrix)
-    layer.weight.data, layer.weight_scale.data, layer.bias.data = data, scale[None], bias
-    return layer
-
-
-def fbgemm(out, features, matrix, bias):
-    layer = fbgemm_fp8.FbgemmFp8Linear(features, out, bias=True)
-    data, scale = by_row.quantize_fp8_per_row(matrix)
-    layer.weight.data, layer.weight_scale.data, layer.bias.data = data, scale[:, None], bias
-    return layer
-
-
-def fill(layer, matrix, bias):
-    """Store a matrix in an `FP8Linear` block by block, each as transformers' quantisation of one block does."""
-    height, width = layer.block_size or matrix.shape
-    layer.bias.data = bias
-    for i in range(0, matrix.shape[0], height):
-        for j in range(0, matrix.shape[1], width):
-            block = matrix[i : i + height, j : j + width]
-            scale = (block.abs().max() / torch.finfo(torch.float8_e4m3fn).max).float()
-            place = (i // height, j // width) if layer.block_size else ()
-            layer.weight_scale_inv.data[place] = (
-                torch.exp2(torch.ceil(torch.log2(scale))) if _is_ue8m0(layer) else scale
-            )
-            stored = layer.weight_scale_inv.data[place].float()
-            layer.weight.data[i : i + height, j : j + width] = (block / stored).to(torch.float8_e4m3fn)
-
-
-def _is_ue8m0(layer):
-    return layer.weight_scale_inv.dtype == torch.float8_e8m0fnu
 
 
 KINDS = {
@@ -234,3 +180,15 @@ def test_stacked_experts_in_codes_are_refused_before_anything_changes(dtype):
     with pytest.raises(ValueError, match=r"gate_up_proj of Experts is quantised .*dequantize=True"):
         get_peft_model(base, LoraConfig(target_modules=[], target_parameters=["0.gate_up_proj"]))
     assert [name for name, _ in base.named_parameters()] == [name for name, _ in before]
+
+
+def test_the_experts_of_transformers_in_mxfp4_are_refused_by_name():
+    """They are all that transformers keeps in MXFP4: no linear layer, and codes that no delta can be added to."""
+    config = GptOssConfig(hidden_size=64, intermediate_size=64, num_local_experts=2)
+    base = nn.Sequential(Mxfp4GptOssExperts(config))
+    with pytest.raises(TypeError, match="Mxfp4GptOssExperts has no `weight`"):
+        find_weight(base[0])
+    with pytest.raises(ValueError, match="gate_up_proj of Mxfp4GptOssExperts is quantised .*dequantize=True"):
+        get_peft_model(base, LoraConfig(target_modules=[], target_parameters=["0.gate_up_proj"]))
+    with pytest.raises(ValueError, match="Mxfp4GptOssExperts"):
+        get_peft_model(base, LoraConfig(target_modules=["0"]))

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from makers import Kernels, eetq_linear, te_linear
 from storage import (
     Model,
     adapted,
@@ -19,8 +20,6 @@ from storage import (
     lora_layers,
     relative,
 )
-from torch import nn
-from torch.nn import functional as F
 from transformers.integrations import eetq as transformers_eetq
 
 from peft.tuners.lora.eetq import EetqLoraLinear
@@ -36,41 +35,6 @@ def rows_of_input(dtype):
 
 
 # ---- EETQ ------------------------------------------------------------------------------------------------------------
-class Kernels:
-    """EETQ's two functions on int8 [in, out], whose bytes stand in an order of the kernels' own: here reversed."""
-
-    @staticmethod
-    def quant_weights(weight, dtype, keep_unprocessed):
-        assert weight.device.type == "cpu" and weight.is_contiguous() and dtype == torch.int8 and not keep_unprocessed
-        scales = weight.float().abs().amax(0) / 127
-        codes = (weight.float() / scales).round().to(torch.int8)
-        return codes.flatten().flip(0).view_as(weight), scales.half()
-
-    @staticmethod
-    def w8_a16_gemm(x, weight, scales):
-        assert x.dtype == scales.dtype == torch.float16 and weight.dtype == torch.int8
-        matrix = weight.flatten().flip(0).view_as(weight).float() * scales.float()
-        return (x.float() @ matrix).half()
-
-
-class EETQLinear(nn.Module):
-    """EETQ's own layer: buffers, and a product that records nothing."""
-
-    def __init__(self, features, out):
-        super().__init__()
-        self.in_features, self.out_features = features, out
-        self.register_buffer("weight", torch.zeros(features, out, dtype=torch.int8))
-        self.register_buffer("weight_scales", torch.zeros(out, dtype=torch.float16))
-        self.register_buffer("bias", torch.zeros(out, dtype=torch.float16))
-
-    @torch.no_grad()
-    def forward(self, x):
-        return Kernels.w8_a16_gemm(x, self.weight, self.weight_scales) + self.bias
-
-
-EETQLinear.__module__, EETQLinear.__qualname__ = "eetq.modules.qlinear", "EETQLinear"
-
-
 @pytest.fixture(params=["transformers", "eetq"])
 def eetq(request, monkeypatch):
     monkeypatch.setattr(transformers_eetq, "eetq_kernels_hub", Kernels, raising=False)
@@ -80,25 +44,12 @@ def eetq(request, monkeypatch):
     return request.param
 
 
-def eetq_linear(source, out=OUT, features=FEATURES, seed=0):
-    torch.manual_seed(seed)
-    matrix, bias = torch.randn(out, features).half() / 8, torch.randn(out).half()
-    if source == "eetq":
-        layer = EETQLinear(features, out)
-    else:
-        layer = transformers_eetq.EetqLinear(features, out, bias=True)
-        layer.in_features, layer.out_features = features, out
-    layer.weight.data, layer.weight_scales.data = Kernels.quant_weights(matrix.T.contiguous(), torch.int8, False)
-    layer.bias.data = bias
-    return layer.requires_grad_(False)
-
-
 def eetq_model(source):
-    return Model(eetq_linear(source), eetq_linear(source, FEATURES, OUT, seed=1))
+    return Model(eetq_linear(source, OUT, FEATURES), eetq_linear(source, FEATURES, OUT, seed=1))
 
 
 def test_eetq_layout_is_read_through_its_product(eetq):
-    layer = eetq_linear(eetq)
+    layer = eetq_linear(eetq, OUT, FEATURES)
     weight = find_weight(layer)
     codes = layer.weight.flatten().flip(0).view_as(layer.weight)
     assert (weight.format, weight.shape, weight.dtype) == ("eetq", (OUT, FEATURES), torch.float16)
@@ -107,7 +58,7 @@ def test_eetq_layout_is_read_through_its_product(eetq):
 
 
 def test_eetq_layout_is_read_in_chunks(eetq, monkeypatch):
-    weight = find_weight(eetq_linear(eetq))
+    weight = find_weight(eetq_linear(eetq, OUT, FEATURES))
     expected = weight.dense()
     monkeypatch.setattr("peft.weights.through.CHUNK_BYTES", 7 * 2 * (OUT + FEATURES))
     seen, real = [], Kernels.w8_a16_gemm
@@ -120,7 +71,7 @@ def test_eetq_layout_is_read_in_chunks(eetq, monkeypatch):
 
 
 def test_eetq_layout_is_written_by_its_own_quantisation(eetq):
-    check_writing(find_weight(eetq_linear(eetq)), 0.02)
+    check_writing(find_weight(eetq_linear(eetq, OUT, FEATURES)), 0.02)
 
 
 @METHODS
@@ -138,76 +89,17 @@ def test_eetq_layout_merges_and_gives_every_byte_back(eetq, dora, tmp_path):
 
 
 # ---- Transformer Engine ----------------------------------------------------------------------------------------------
-class Float8Tensor(torch.Tensor):
-    """A weight of Transformer Engine's: bytes, one reciprocal scale, and the dtype that it says it has."""
-
-    @staticmethod
-    def __new__(cls, data, scale_inv, dtype):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=dtype)
-
-    def __init__(self, data, scale_inv, dtype):
-        self._data, self._scale_inv = data, scale_inv
-
-    def dequantize(self, dtype=None):
-        return (self._data.view(torch.float8_e4m3fn).float() * self._scale_inv).to(dtype or self.dtype)
-
-    @classmethod
-    def round(cls, matrix, dtype):
-        scale = matrix.abs().max().float() / 448
-        return cls((matrix.float() / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale.reshape(1), dtype)
-
-    def __tensor_flatten__(self):
-        return ["_data", "_scale_inv"], {}
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        this = args[0]
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(this._data, this._scale_inv, this.dtype)
-        if func is torch.ops.aten.clone.default:
-            return cls(this._data.clone(), this._scale_inv.clone(), this.dtype)
-        if func is torch.ops.aten.copy_.default:
-            fresh = cls.round(args[1], this.dtype)
-            this._data.copy_(fresh._data), this._scale_inv.copy_(fresh._scale_inv)
-            return this
-        whole = [arg.dequantize() if isinstance(arg, cls) else arg for arg in args]
-        return func(*whole, **(kwargs or {}))
-
-
-class Linear(nn.Module):
-    """Transformer Engine's linear layer: an empty bias where it has none, and further arguments of its forward."""
-
-    def __init__(self, features, out, bias, kept_in_float8, dtype=torch.bfloat16):
-        super().__init__()
-        self.in_features, self.out_features, self.use_bias = features, out, bias
-        matrix = (torch.randn(out, features) / 8).to(dtype)
-        self.weight = nn.Parameter(Float8Tensor.round(matrix, dtype) if kept_in_float8 else matrix)
-        self.bias = nn.Parameter(torch.randn(out, dtype=dtype)) if bias else torch.Tensor().to(dtype)
-
-    def forward(self, x, is_first_microbatch=None, fp8_output=False):
-        matrix = self.weight.dequantize() if isinstance(self.weight, Float8Tensor) else self.weight
-        return F.linear(x, matrix, self.bias if self.use_bias else None)
-
-
-Linear.__module__, Linear.__qualname__ = "transformer_engine.pytorch.module.linear", "Linear"
-
-
 @pytest.fixture(params=["plain", "plain without bias", "float8", "float8 without bias"])
 def te(request):
     return request.param
 
 
-def te_linear(te, features=FEATURES, out=OUT, seed=0):
-    torch.manual_seed(seed)
-    return Linear(features, out, "without" not in te, "float8" in te).requires_grad_(False)
-
-
 def te_model(te):
-    return Model(te_linear(te), te_linear(te, OUT, FEATURES, seed=1))
+    return Model(te_linear(te, OUT, FEATURES), te_linear(te, FEATURES, OUT, seed=1))
 
 
 def test_transformer_engine_layout_is_read(te):
-    layer = te_linear(te)
+    layer = te_linear(te, OUT, FEATURES)
     weight = find_weight(layer)
     assert (weight.format, weight.shape, weight.dtype) == ("transformer engine", (OUT, FEATURES), torch.bfloat16)
     assert (weight.bias is None) == ("without" in te) and not weight.direct()

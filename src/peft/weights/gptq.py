@@ -88,6 +88,9 @@ class WordsWeight(StoredWeight):
             for parts, part in zip((words, zeros, scales), (*packed, scale.T), strict=True):
                 parts.append(part)
         self._put({name: torch.cat(parts, 1) for name, parts in zip(_WRITTEN, (words, zeros, scales), strict=True)})
+
+    def _put(self, new: dict[str, torch.Tensor]) -> None:
+        super()._put(new)
         if hasattr(self.layer, "clear_weight_cache"):
             self.layer.clear_weight_cache()
 

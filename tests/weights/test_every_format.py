@@ -1,0 +1,285 @@
+# Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
+"""The one table: every storage format × LoRA, DoRA and DoRA with Triton × forward, backward, merging, unmerging, saving and
+loading. What a format does not do it refuses for the reason that its row states, before anything is changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import makers
+import pytest
+import torch
+from storage import (
+    Model,
+    adapted,
+    check_broken_adapter_is_not_merged,
+    check_merging,
+    check_saving,
+    check_training,
+    lora_layers,
+    same_bytes,
+    stored,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cases import FORMATS, METHODS, Wrapped
+from peft import dora
+from peft.dora import norm as dora_norm
+from peft.weights import find_weight, through
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
+formats = importlib.import_module("formats")
+
+OUT, FEATURES = 128, 64  # bitsandbytes on a CPU wants multiples of its blocks
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way in which a weight is stored.
+
+    Args:
+        name: As it stands in test ids.
+        form: Its name in the table of the documentation.
+        make: A layer from (out, features, seed) and the device.
+        dtype: Of inputs.
+        rounding: Relative error that storing a merged weight may make in an output.
+        package: What has to be installed.
+        devices: Where it runs.
+        mark: The attribute by which transformers marks a model that it loaded so.
+        refuses: Why nothing can be merged, as the error says it; None where it can.
+        exact: False where the weight is a plain one, which unmerging computes back.
+    """
+
+    name: str
+    form: str
+    make: Callable[[int, int, int, str], nn.Module]
+    dtype: torch.dtype
+    rounding: float
+    package: str | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    mark: str | None = None
+    refuses: str | None = None
+    exact: bool = True
+
+    def model(self, device: str) -> Model:
+        model = Model(self.make(OUT, FEATURES, 0, device), self.make(FEATURES, OUT, 1, device))
+        if self.mark is not None:
+            setattr(model, self.mark, True)
+        return model
+
+    def input(self, device: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return torch.randn(2, 3, FEATURES, generator=generator).to(self.dtype).to(device)
+
+
+# Of an output, by the bits that an element is stored in.
+ROUNDING = {
+    "nf4": 0.2, "nf4-nested": 0.2, "fp4": 0.3, "fp4-nested": 0.3, "int8": 0.05, "int8-bf16": 0.05, "hqq4": 0.2,
+    "hqq4-across": 0.25, "hqq8": 0.05, "hqq3": 0.4, "gptq4": 0.2, "gptq4-act-order": 0.2, "gptq3": 0.4, "gptq8": 0.05,
+    "awq4": 0.2, "awq8": 0.05, "ao-int8": 0.05, "ao-int8-bf16": 0.05, "ao-float8": 0.1, "ao-int4": 0.3, "ct-int8": 0.05,
+    "ct-int4": 0.3, "aqlm": 0.0,
+}  # fmt: skip
+
+
+def of_case(case: str, form: str) -> Row:
+    """A format of tests/cases.py, made by its library."""
+    stored_as = FORMATS[case]
+    quantiser = stored_as.quantiser
+
+    def make(out: int, features: int, seed: int, device: str) -> nn.Module:
+        torch.manual_seed(seed)
+        layer = quantiser.build(nn.Linear(features, out).requires_grad_(False), stored_as)
+        layer = quantiser.move(Wrapped(layer), device).body
+        with torch.no_grad():  # some libraries settle what they store when a layer first runs
+            layer(torch.zeros(1, features, dtype=stored_as.dtype, device=device))
+        return layer
+
+    refuses = None if quantiser.requantised is not None else "AQLM's codes come from a search"
+    return Row(
+        case, form, make, stored_as.dtype, ROUNDING[case], quantiser.package, ("cpu", "cuda"), quantiser.mark, refuses
+    )
+
+
+def by_hand(build: Callable) -> Callable[[int, int, int, str], nn.Module]:
+    """A layer of transformers that is filled with a matrix."""
+
+    def make(out: int, features: int, seed: int, device: str) -> nn.Module:
+        torch.manual_seed(seed)
+        matrix, bias = torch.randn(out, features) / features**0.5, torch.randn(out)
+        return build(out, features, matrix, bias).requires_grad_(False)
+
+    return make
+
+
+def by_torchao(config: Callable) -> Callable[[int, int, int, str], nn.Module]:
+    def make(out: int, features: int, seed: int, device: str) -> nn.Module:
+        from torchao import quantization
+
+        torch.manual_seed(seed)
+        layer = nn.Linear(features, out).to(device, torch.bfloat16).requires_grad_(False)
+        quantization.quantize_(layer, config())
+        return layer
+
+    return make
+
+
+def _int4_on_cpu():
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+    return PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)
+
+
+def _int4_on_gpu(**settings):
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    return Int4WeightOnlyConfig(group_size=32, **settings)
+
+
+def inc(out: int, features: int, seed: int, device: str) -> nn.Module:
+    from neural_compressor.torch.quantization import FP8Config, convert, prepare
+
+    torch.manual_seed(seed)
+    settings = FP8Config(fp8_config="E4M3", use_qdq="True", scale_method="MAXABS_ARBITRARY")
+    model = prepare(Wrapped(nn.Linear(features, out)).bfloat16(), settings)
+    model(torch.randn(6, features).bfloat16())
+    return convert(model).requires_grad_(False).body
+
+
+def marlin(out: int, features: int, seed: int, device: str) -> nn.Module:
+    return makers.named("MarlinLinear")(out, features)
+
+
+HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+FP8 = "transformers' float8 (`FP8Linear`)"
+ROWS = [
+    *(of_case(case, form.name) for form in formats.FORMS for case in form.cases),
+    Row("gptqmodel-marlin", "gptqmodel's other backends", marlin, FP32, 0.0, refuses='backend="gptq_torch"'),
+    Row("ao-int4-cpu", "torchao int4 for CPUs", by_torchao(_int4_on_cpu), BF16, 0.3, "torchao"),
+    Row(
+        "ao-int4-tiled", "torchao int4 for GPUs, tiled",
+        by_torchao(lambda: _int4_on_gpu(int4_packing_format="tile_packed_to_4d")), BF16, 0.3, "torchao", ("cuda",),
+    ),
+    Row("ao-int4-plain", "torchao int4 for GPUs, plain", by_torchao(_int4_on_gpu), BF16, 0.3, "mslk", ("cuda",)),
+    Row("ct-fp8-row", "compressed-tensors float8 in transformers", by_hand(makers.rowwise), FP32, 0.1),
+    Row("fp8-block", FP8, by_hand(makers.blocked()), FP32, 0.1),
+    Row("fp8-block-ue8m0", FP8, by_hand(makers.blocked(scale_fmt="ue8m0")), FP32, 0.1),
+    Row("fp8-tensor", FP8, by_hand(makers.blocked(None)), FP32, 0.1),
+    Row("inc", "Intel Neural Compressor float8", inc, BF16, 0.2, "neural_compressor"),
+    Row(
+        "eetq-layout", "EETQ", lambda out, features, seed, device: makers.eetq_linear("transformers", out, features, seed),
+        HALF, 0.05,
+    ),
+    Row(
+        "te-float8-layout", "Transformer Engine",
+        lambda out, features, seed, device: makers.te_linear("float8", out, features, seed), BF16, 0.1,
+    ),
+    Row(
+        "te-plain-layout", "Transformer Engine",
+        lambda out, features, seed, device: makers.te_linear("plain", out, features, seed), BF16, 0.1, exact=False,
+    ),
+]  # fmt: skip
+# Its layer runs on a GPU that FBGEMM's kernels know; what is read and written is tested in test_fp8_weights.py.
+NOT_RUN = {"FBGEMM float8 in transformers"}
+CELLS = [
+    pytest.param(row, device, id=f"{row.name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for row in ROWS
+    for device in row.devices
+]
+cells = pytest.mark.parametrize(("row", "device"), CELLS)
+methods = pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+
+
+@pytest.fixture(autouse=True)
+def libraries(request, monkeypatch, tmp_path):
+    """A row's library is there; PyTorch stands in for the kernels that need a GPU."""
+    row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
+    if row is not None and row.package is not None and importlib.util.find_spec(row.package) is None:
+        pytest.skip(f"{row.package} is not installed")
+    monkeypatch.setattr(makers.by_block, "fp8_linear", makers.pytorch_body)
+    monkeypatch.setattr(makers.transformers_eetq, "eetq_kernels_hub", makers.Kernels, raising=False)
+    monkeypatch.chdir(tmp_path)  # Neural Compressor writes what it measured there
+
+
+def test_every_format_of_the_documentation_has_its_rows():
+    assert {row.form for row in ROWS} | NOT_RUN == {form.name for form in formats.FORMS}
+    weights = {form.name: form.weight for form in formats.FORMS}
+    for row in ROWS:
+        if row.package is None:
+            assert type(find_weight(row.model("cpu").first)) is weights[row.form], row.name
+
+
+@methods
+@cells
+def test_forward_and_backward(row, device, method):
+    check_training(lambda: row.model(device), row.input(device), 0.1 if row.exact else 0.03, **method.options)
+
+
+@methods
+@cells
+def test_merging_and_unmerging(row, device, method):
+    def make():
+        return row.model(device)
+
+    if row.refuses is None:
+        check_merging(make, row.input(device), row.rounding, exact=row.exact, **method.options)
+        check_broken_adapter_is_not_merged(make, **method.options)
+        return
+    tuned = adapted(make(), **method.options)
+    before = [stored(layer.get_base_layer()) for layer in lora_layers(tuned)]
+    for merge in (tuned.merge_adapter, tuned.merge_and_unload, lambda: tuned.merge_adapter(safe_merge=True)):
+        with pytest.raises((TypeError, RuntimeError), match=row.refuses):
+            merge()
+    for layer, bytes_before in zip(lora_layers(tuned), before, strict=True):
+        assert not layer.merged and same_bytes(stored(layer.get_base_layer()), bytes_before)
+
+
+@methods
+@cells
+def test_saving_and_loading(row, device, method, tmp_path):
+    check_saving(lambda: row.model(device), row.input(device), str(tmp_path / "adapter"), **method.options)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest floating tensor that is made, the stored ones and views of them left out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.bytes = 0
+        held = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if type(tensor.data) is torch.Tensor]
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.element_size() > 1:
+                if tensor.untyped_storage().data_ptr() not in self.known:
+                    self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+# Transformer Engine's tensors cannot be cut: their rows are cut out of the whole matrix. EETQ's product is a stand-in, which
+# makes its weight dense; its kernel does not.
+WHOLE = {"te-float8-layout", "eetq-layout"}
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if "cpu" in row.devices])
+def test_the_norm_makes_no_more_than_a_chunk_dense(row, monkeypatch):
+    """64 MiB of a large weight; here so much less that a small one is read in several."""
+    assert dora_norm.CHUNK_BYTES == through.CHUNK_BYTES == 64 * 2**20
+    chunk = OUT * FEATURES * 4 // 2
+    monkeypatch.setattr(dora_norm, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(through, "CHUNK_BYTES", chunk)
+    weight = find_weight(row.make(OUT, FEATURES, 0, "cpu"))
+    A, B = torch.randn(2, FEATURES), torch.randn(OUT, 2)
+    with Largest(weight.layer) as largest:
+        found = dora.row_norm(weight, A, B, 0.5)
+    torch.testing.assert_close(
+        found.double(), (weight.dense(torch.float64) + 0.5 * B.double() @ A.double()).norm(dim=1), rtol=1e-5, atol=0
+    )
+    assert 0 < largest.bytes <= chunk or row.name in WHOLE
