@@ -27,6 +27,7 @@ def bench(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_ranks_have_the_losses_of_one(bench, capsys):
     """`--smoke`: all engines that are installed, on dense and packed bases."""
     assert bench.smoke() == 0
