@@ -68,7 +68,8 @@ LAYERS = {
 
 
 def three_steps(weight, dtype, rank, parts, route):
-    """Output and gradients of a step, of another with the same A and B, and of one with others."""
+    """Output and gradients of a step, of another with the same A and B, and of one with others; and outputs of few tokens
+    without gradient."""
     device = weight.dense().device
     generator = torch.Generator().manual_seed(1)
 
@@ -91,7 +92,15 @@ def three_steps(weight, dtype, rank, parts, route):
             y = dora.linear(
                 x, weight, A, B, scaling=0.5, magnitude=magnitude, lora_bias=lora_bias, cache=cache, route=route
             )
-        results += [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+            with torch.no_grad():
+                few = [
+                    dora.linear(
+                        x[:tokens], weight, A, B, scaling=0.5, magnitude=magnitude, lora_bias=lora_bias, cache=cache,
+                        route=route,
+                    )
+                    for tokens in (1, 5)
+                ]  # fmt: skip
+        results += [y.detach(), *torch.autograd.grad(y, leaves, dy), *few]
     return results
 
 
@@ -132,7 +141,9 @@ def sanitized(tool, test):
     if command is None:
         pytest.skip("compute-sanitizer is not installed")
     options = ["--tool", tool, "--target-processes", "application-only", "--report-api-errors", "no"]
-    options += ["--error-exitcode", "99", "--kernel-name", "regex:^(dequantise.*|.*_(fwd|bwd))_kernel$|^write_past"]
+    options += ["--error-exitcode", "99"]
+    for part in ("dequantise", "beside4", "_fwd_kernel", "_bwd_kernel", "write_past"):  # of the names of our kernels
+        options += ["--kernel-name", f"kernel_substring={part}"]
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"{test} and triton", __file__]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
