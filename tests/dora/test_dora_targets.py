@@ -152,7 +152,6 @@ KERNELS = {
     "one token, 4 bits": small_batch_of(BF16, 1, packed=True),
     "one token, fp32": small_batch_of(FP32, 1, fold=False),
     "few tokens": small_batch_of(BF16, 16),
-    "few tokens, 4 bits": small_batch_of(BF16, 16, packed=True),
     "few tokens, fp32": small_batch_of(FP32, 16, fold=False),
     "dequantise 8 bits": (
         "packed8", "dequantise8_kernel",

@@ -244,11 +244,11 @@ class Call:
 
     def is_small(self, x: torch.Tensor) -> bool:
         """Whether one kernel makes the whole output of x."""
-        if not self.triton or x.numel() > kernels().MOST_TOKENS * self.in_features:
+        tokens = x.numel() // self.in_features
+        if not self.triton or tokens > kernels().MOST_TOKENS or (self.packed is None and not self.is_plain):
             return False
-        if self.packed is None and not self.is_plain:
-            return False
-        return kernels().is_small(None if self.packed is not None else self.weight.dense(), self.packed, self.dtype)
+        W = None if self.packed is not None else self.weight.dense()
+        return kernels().is_small(W, self.packed, self.dtype, tokens)
 
     def run_small(
         self,

@@ -61,16 +61,17 @@ def linear_of_groups(x: torch.Tensor, weight: Any, groups: Sequence[Group]) -> t
         for call, group in zip(calls, groups, strict=True)
     ]
     first = next(call for call in calls if call is not None)
-    first.packed = next(found for found in factors if found is not None).packed
+    for call, found in zip(calls, factors, strict=True):
+        if call is not None:
+            call.use(found.packed, found.a.shape[0])
     x = as_dtype(x, first.dtype).contiguous()
     bias = weight.bias
     if len(groups) <= FEW_GROUPS and None not in calls and first.is_small(x):
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         for call, found, group in zip(calls, factors, groups, strict=True):
-            call.packed = found.packed
             call.run_small(x[group.rows], found, group.lora_bias, bias, y[group.rows])
         return y
-    y = first.base_product(x)
+    y, _ = first.products(x, None)
     for call, found, group in zip(calls, factors, groups, strict=True):
         part = y[group.rows]
         if call is not None:

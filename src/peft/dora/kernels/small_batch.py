@@ -49,8 +49,7 @@ def small_batch_fwd_kernel(
         o_m = tl.arange(0, BLOCK_M)
         m_m = o_m < tokens
         b_v, b_h = few_rows(
-            x_ptr, w_ptr, absmax_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, o_m, m_m, o_n,
-            in_features, stride_wn, m_n, PACKED, BLOCKSIZE, NESTED, ROUND, RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            x_ptr, w_ptr, a_ptr, o_m, m_m, o_n, m_n, in_features, stride_wn, RANK, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R
         )  # fmt: skip
         b_low = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for r in range(0, RANK, BLOCK_R):
@@ -149,42 +148,21 @@ def one_row(
 
 @triton.jit
 def few_rows(
-    x_ptr, w_ptr, absmax_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, a_ptr, o_m, m_m, o_n, in_features,
-    stride_wn, m_n,
-    PACKED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ROUND: tl.constexpr,
+    x_ptr, w_ptr, a_ptr, o_m, m_m, o_n, m_n, in_features, stride_wn,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """x Wᵀ [BLOCK_M, BLOCK_N] and, where A is given, x Aᵀ [BLOCK_M, BLOCK_R], by tensor cores."""
     o_r = tl.arange(0, BLOCK_R)
     b_v = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     b_h = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    if PACKED:
-        HALF: tl.constexpr = (BLOCKSIZE if BLOCKSIZE < BLOCK_K else BLOCK_K) // 2
-        BLOCKS: tl.constexpr = BLOCK_K // (2 * HALF)
-        o_even = 2 * tl.arange(0, BLOCK_K // 2)
     for k in range(0, in_features, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_k = o_k < in_features
-        p_x = x_ptr + o_m[:, None] * in_features
-        if PACKED:
-            b_even, b_odd = load_pair4(
-                w_ptr, absmax_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_n, m_n, k, in_features,
-                x_ptr.dtype.element_ty, BLOCKSIZE, NESTED, ROUND, BLOCKS, HALF,
-            )  # fmt: skip
-            m_x = m_m[:, None] & (k + o_even < in_features)[None, :]
-            b_x_even = tl.load(p_x + k + o_even[None, :], mask=m_x, other=0.0)  # [BLOCK_M, BLOCK_K / 2]
-            b_x_odd = tl.load(p_x + k + 1 + o_even[None, :], mask=m_x, other=0.0)
-            b_w_even = tl.trans(tl.reshape(b_even, [BLOCK_N, BLOCK_K // 2]))
-            b_w_odd = tl.trans(tl.reshape(b_odd, [BLOCK_N, BLOCK_K // 2]))
-            b_v = tl.dot(b_x_even, b_w_even, b_v, input_precision="ieee")
-            b_v = tl.dot(b_x_odd, b_w_odd, b_v, input_precision="ieee")
-        else:
-            p_w = w_ptr + o_n[None, :].to(tl.int64) * stride_wn + o_k[:, None]
-            b_w = tl.load(p_w, mask=m_n[None, :] & m_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-        if a_ptr is not None or not PACKED:
-            b_x = tl.load(p_x + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        if not PACKED:
-            b_v = tl.dot(b_x, b_w, b_v, input_precision="ieee")
+        p_x = x_ptr + o_m[:, None] * in_features + o_k[None, :]
+        b_x = tl.load(p_x, mask=m_m[:, None] & m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        p_w = w_ptr + o_n[None, :].to(tl.int64) * stride_wn + o_k[:, None]
+        b_w = tl.load(p_w, mask=m_n[None, :] & m_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        b_v = tl.dot(b_x, b_w, b_v, input_precision="ieee")
         if a_ptr is not None:
             p_a = a_ptr + o_r[None, :].to(tl.int64) * in_features + o_k[:, None]
             b_a = tl.load(p_a, mask=(o_r < RANK)[None, :] & m_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
@@ -217,20 +195,26 @@ def small_batch_tiles(tokens: int, out_features: int, rank: int, packed: bool) -
     block_n = 16 if out_features > 2048 else 8
     if tokens == 1:
         return SmallTiles(1, block_n, 512 if packed else 256, 4, 3, fold)
-    return SmallTiles(16, 2 * block_n, 256 if packed else 128, 4, 4, fold)
+    if out_features > 8192:
+        return SmallTiles(16, 64, 128, 4, 3, fold)
+    return SmallTiles(16, 2 * block_n, 256, 4, 3, fold)
 
 
-def is_small(W: torch.Tensor | None, packed: Any, dtype: torch.dtype) -> bool:
+def is_small(W: torch.Tensor | None, packed: Any, dtype: torch.dtype, tokens: int) -> bool:
     """Whether the kernel reads a weight: plain with rows side by side in the products' dtype, or 4 bits in whole blocks.
+
+    From the second token on 4 bits would be unpacked for tensor cores in each program anew; dequantised once they are
+    read by cuBLAS in a quarter of the time.
 
     Args:
         W: The plain matrix `[out, in]`; None for a packed one.
         packed: A `peft.weights.Packed`, or None.
         dtype: That of the products.
+        tokens: Rows of x, at most `MOST_TOKENS`.
     """
     if packed is None:
         return W is not None and W.dtype == dtype and W.stride(1) == 1
-    return packed.kind in ("nf4", "fp4") and packed.shape[1] % packed.blocksize == 0
+    return tokens == 1 and packed.kind in ("nf4", "fp4") and packed.shape[1] % packed.blocksize == 0
 
 
 def small_batch(
