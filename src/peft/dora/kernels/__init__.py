@@ -60,6 +60,6 @@ def row_parts(packed, dtype):
     parts = -(-out_features * in_features * dtype.itemsize // PART_BYTES)
     if parts < 2:
         return None
-    multiple = max(128, packed.blocksize)  # rows, so that every part begins with a block
+    multiple = max(128, packed.blocksize or 0)  # rows, so that every part begins with a block
     step = -(-out_features // parts // multiple) * multiple
     return [(first, min(first + step, out_features)) for first in range(0, out_features, step)]
