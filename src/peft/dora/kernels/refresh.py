@@ -226,6 +226,7 @@ class Batch:
         ]
         self.tiles = norm_tiles(self.rank, first.source.constants[0] if self.norms else PLAIN, dtype.itemsize)
         self.places: list | None = None
+        self.aligned = True
         self._templates()
         self._share_out()
         self.forget()
@@ -255,6 +256,8 @@ class Batch:
         places = [place for member in members for place in _places(member)]
         if places != self.places:
             self.places = places
+            if self.norms and self.launches and _are_aligned(members) != self.aligned:
+                self.launches.clear()  # they were compiled for the other
             self._locate()
 
     def _templates(self) -> None:
@@ -403,6 +406,7 @@ class Batch:
             return None if tensor is None else LANGUAGE_TYPES[tensor.dtype]
 
         data, scale, _, _, _, _, zero, group = source.pointers
+        self.aligned = _are_aligned(self.members)
         return (
             LANGUAGE_TYPES[self.dtype if self.copied else first.a.dtype],
             type_of(data),
@@ -412,7 +416,7 @@ class Batch:
             type_of(first.magnitude),
             layout_of(source),
             all(member.a.shape[1] % 16 == 0 for member in self.members),
-            all(member.source.pointers[0].data_ptr() % 16 == 0 for member in self.members),
+            self.aligned,
             *source.constants,
             self.rank,
             self.tiles.block_m,
@@ -420,6 +424,11 @@ class Batch:
             self.tiles.block_r,
             self.tiles.stages if self.rank > self.tiles.block_r else None,
         )
+
+
+def _are_aligned(members: Sequence[Member]) -> bool:
+    """Whether every weight begins at a multiple of 16 bytes."""
+    return all(member.source.pointers[0].data_ptr() % 16 == 0 for member in members)
 
 
 def _places(member: Member) -> list[int]:
