@@ -131,7 +131,7 @@ class Call:
     """
 
     __slots__ = (
-        "autocast", "beside", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed",
+        "autocast", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed",
         "parts", "route", "scaling", "triton", "weight",
     )  # fmt: skip
 
@@ -155,7 +155,6 @@ class Call:
         self.route = route
         self.packed = None
         self.parts = WHOLE  # ranges of rows in which a large packed W is unpacked, one after the other
-        self.beside = False  # whether h and dA are computed where W is unpacked
         self.triton = runs_triton(route, x, self.branch_dtype)
         self.launches: dict = {}
 
@@ -184,24 +183,20 @@ class Call:
             return kernels().dequantise(self.packed, self.dtype, self.launches, rows)
         return self.weight.dense() if self.is_plain and not self.autocast else self.weight.dense(self.dtype)
 
-    def use(self, packed: Any, rank: int) -> None:
+    def use(self, packed: Any) -> None:
         """Take note of the weight's bytes, None where it is dense, and of how they are read."""
         if packed is self.packed:
             return
-        self.packed, self.parts, self.beside = packed, WHOLE, False
+        self.packed, self.parts = packed, WHOLE
         if packed is not None and self.triton:
             self.parts = kernels().row_parts(packed, self.dtype) or WHOLE
-            self.beside = kernels().goes_beside(packed, self.dtype, self.branch_dtype, rank)
 
     def products(
         self, x: torch.Tensor, a: torch.Tensor | None, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x Wᵀ + bias `[..., out]` and h = x Aᵀ `[..., r]`, None without A."""
         part, *others = self.parts
-        if a is not None and self.beside:
-            W, h = kernels().unpack_beside(self.packed, x, a, launches=self.launches, rows=part)
-        else:
-            W, h = self.dense(part), None
+        W = self.dense(part)
         if part is None:
             u = F.linear(x, W, bias)
         else:
@@ -214,9 +209,7 @@ class Call:
                 torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
             if bias is not None:
                 u += bias
-        if a is not None and h is None:
-            h = F.linear(as_dtype(x, self.branch_dtype), a)
-        return u, h
+        return u, None if a is None else F.linear(as_dtype(x, self.branch_dtype), a)
 
     def input_gradients(
         self, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, x: torch.Tensor | None, a_dtype: torch.dtype
@@ -224,10 +217,7 @@ class Call:
         """dx = t W + dh A `[tokens, in]` and, where x is given, dA = dhᵀ x `[r, in]` in its dtype."""
         part, *others = self.parts
         t = as_dtype(t, self.dtype)
-        if x is not None and self.beside:
-            W, da = kernels().unpack_beside(self.packed, x, dh, a_dtype, self.launches, part)
-        else:
-            W, da = self.dense(part), None
+        W = self.dense(part)
         if dh.dtype != self.dtype:
             dx = torch.addmm(torch.mm(t, W).to(dh.dtype), dh, a)
         elif part is None and self.in_features < t.shape[1]:
@@ -238,9 +228,9 @@ class Call:
                 del W
                 W = self.dense(part)
                 dx.addmm_(t[:, part[0] : part[1]], W)
-        if x is not None and da is None:
-            da = product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
-        return dx, da
+        if x is None:
+            return dx, None
+        return dx, product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
 
     def is_small(self, x: torch.Tensor) -> bool:
         """Whether one kernel makes the whole output of x."""
@@ -294,7 +284,7 @@ class Call:
         With `record` False only y and the factors are promised.
         """
         factors = self.factors(A, B, magnitude, floor=keep == "y")
-        self.use(factors.packed, factors.a.shape[0])
+        self.use(factors.packed)
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if not x.is_contiguous():
@@ -420,7 +410,7 @@ def _gradients(
     kept_is_v = ctx.keep == "v"
     if need_m and not kept_is_v and kept._version:
         kept, kept_is_v = _recompute(call, x, h, factors, lora_bias), True
-    call.use(factors.packed, factors.a.shape[0])
+    call.use(factors.packed)
     need_t = need_x or need_a or need_b
     db = None
     if factors.stats is None:
