@@ -215,19 +215,18 @@ class Call:
         self, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, x: torch.Tensor | None, a_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """dx = t W + dh A `[tokens, in]` and, where x is given, dA = dhᵀ x `[r, in]` in its dtype."""
-        part, *others = self.parts
         t = as_dtype(t, self.dtype)
-        W = self.dense(part)
-        if dh.dtype != self.dtype:
-            dx = torch.addmm(torch.mm(t, W).to(dh.dtype), dh, a)
-        elif part is None and self.in_features < t.shape[1]:
-            dx = torch.mm(t, W).addmm_(dh, a)
-        else:  # cuBLAS reads what is there to be added behind the long sums: cheap, where dx is the larger part of it
-            dx = torch.mm(dh, a).addmm_(t if part is None else t[:, part[0] : part[1]], W)
-            for part in others:
-                del W
-                W = self.dense(part)
-                dx.addmm_(t[:, part[0] : part[1]], W)
+        alike = dh.dtype == self.dtype
+        # cuBLAS reads what is there to be added behind the long sums: cheap, where dx is the larger part of it.
+        first = alike and (self.parts is not WHOLE or self.in_features >= t.shape[1])
+        dx = torch.mm(dh, a) if first else None
+        for part in self.parts:
+            columns = t if part is None else t[:, part[0] : part[1]]
+            W = self.dense(part)
+            dx = torch.mm(columns, W) if dx is None else dx.addmm_(columns, W)
+            del W  # before there is the next one
+        if not first:
+            dx = dx.addmm_(dh, a) if alike else torch.addmm(dx.to(dh.dtype), dh, a)
         if x is None:
             return dx, None
         return dx, product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
