@@ -142,7 +142,7 @@ def sanitized(tool, test):
         pytest.skip("compute-sanitizer is not installed")
     options = ["--tool", tool, "--target-processes", "application-only", "--report-api-errors", "no"]
     options += ["--error-exitcode", "99"]
-    for part in ("dequantise", "_fwd_kernel", "_bwd_kernel", "write_past"):  # of the names of our kernels
+    for part in ("dequantise", "beside4", "_fwd_kernel", "_bwd_kernel", "write_past"):  # of the names of our kernels
         options += ["--kernel-name", f"kernel_substring={part}"]
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"{test} and triton", __file__]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

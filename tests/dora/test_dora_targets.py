@@ -32,7 +32,7 @@ TABLE = {"table_ptr": "*i64", "digest_ptr": "*i64", "owners": "i32", "slot": "i3
 NORM = {
     "FACTOR_TYPE": tl.bfloat16, "SCALE_TYPE": tl.float32, "ZERO_TYPE": tl.float32, "GROUP_TYPE": None,
     "MAGNITUDE_TYPE": tl.float32, "LAYOUT": 0, "EVEN_IN": True, "ALIGNED": True, "BLOCKSIZE": 0,
-    "NESTED": 0, "EVEN": False, "BITS": 0,
+    "NESTED": 0, "ROWS": 0, "BITS": 0,
     "COUNT": 0, "ROUND": 1, "RANK": 12, "BLOCK_M": 32, "BLOCK_K": 128, "BLOCK_R": 16,
     "STAGES": None,
 }  # fmt: skip
@@ -85,6 +85,18 @@ UNPACK4 = {
 SCALES4 = "absmax_ptr", "code_ptr", "outer_ptr", "outer_code_ptr", "offset_ptr"
 
 
+def beside_of(gradient):
+    types = UNPACK4 | {
+        "x_ptr": BF16,
+        "thin_ptr": BF16,
+        "product_ptr": FP32 if gradient else BF16,
+        "in_features": "i32",
+    }
+    types |= {"tokens": "i32", "products": "i32"}
+    constants = {"BLOCKSIZE": 64, "NESTED": 256, "ROUND": 0, "BLOCKS": 32, "RANK": 12, "GRADIENT": gradient}
+    return "beside", "beside4_kernel", types, constants | {"BLOCK_I": 64, "BLOCK_C": 64, "BLOCK_R": 16}
+
+
 UNPACK_GROUPS = {
     "words_ptr": "*i32", "scale_ptr": BF16, "zero_ptr": "*i32", "group_ptr": "*i32", "w_ptr": BF16,
     **dict.fromkeys(("first", "last", "out_features", "in_features", "plane_rows", "cycle_rows"), "i32"),
@@ -117,7 +129,7 @@ KERNELS = {
     "cast": ("refresh", "cast_fwd_kernel", TABLE | {"copy_ptr": BF16}, {"SOURCE": tl.float32, "BLOCK": 4096}),
     "norm of a plain weight": norm_of(tl.bfloat16, FORMAT=0),
     "norm of 4 bits": norm_of(
-        tl.uint8, FORMAT=4, SCALE_TYPE=tl.uint8, LAYOUT=2, BLOCKSIZE=64, NESTED=256, EVEN=True
+        tl.uint8, FORMAT=4, SCALE_TYPE=tl.uint8, LAYOUT=2, BLOCKSIZE=64, NESTED=256, ROWS=2
     ),
     "norm, rank 384": norm_of(tl.bfloat16, FORMAT=0, **norm_constants(384, 2, False)),
     "norm, rank 384, wide": norm_of(tl.bfloat16, FORMAT=0, **norm_constants(384, 2, True)),
@@ -134,6 +146,8 @@ KERNELS = {
     "dequantise 4 bits": (
         "packed4", "dequantise4_kernel", UNPACK4, {"BLOCKSIZE": 64, "NESTED": 256, "ROUND": 0, "BLOCKS": 32}
     ),
+    "4 bits beside x Aᵀ": beside_of(False),
+    "4 bits beside dhᵀ x": beside_of(True),
     "one token": small_batch_of(BF16, 1),
     "one token, 4 bits": small_batch_of(BF16, 1, packed=True),
     "one token, fp32": small_batch_of(FP32, 1, fold=False),

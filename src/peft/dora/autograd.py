@@ -131,7 +131,7 @@ class Call:
     """
 
     __slots__ = (
-        "autocast", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed",
+        "autocast", "beside", "branch_dtype", "cache", "dtype", "in_features", "is_plain", "launches", "mode", "packed",
         "parts", "route", "scaling", "triton", "weight",
     )  # fmt: skip
 
@@ -155,6 +155,7 @@ class Call:
         self.route = route
         self.packed = None
         self.parts = WHOLE  # ranges of rows in which a large packed W is unpacked, one after the other
+        self.beside = False  # whether h and dA are computed where W is unpacked
         self.triton = runs_triton(route, x, self.branch_dtype)
         self.launches: dict = {}
 
@@ -183,33 +184,47 @@ class Call:
             return kernels().dequantise(self.packed, self.dtype, self.launches, rows)
         return self.weight.dense() if self.is_plain and not self.autocast else self.weight.dense(self.dtype)
 
-    def use(self, packed: Any) -> None:
+    def use(self, packed: Any, rank: int) -> None:
         """Take note of the weight's bytes, None where it is dense, and of how they are read."""
         if packed is self.packed:
             return
-        self.packed, self.parts = packed, WHOLE
+        self.packed, self.parts, self.beside = packed, WHOLE, False
         if packed is not None and self.triton:
             self.parts = kernels().row_parts(packed, self.dtype) or WHOLE
+            self.beside = kernels().goes_beside(packed, self.dtype, self.branch_dtype, rank)
+
+    def unpack(
+        self,
+        rows: tuple[int, int] | None,
+        x: torch.Tensor | None,
+        thin: torch.Tensor | None,
+        product_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`dense(rows)` and the product of x and `thin` that its launch makes too (see `unpack_beside`), None without."""
+        if x is None or thin is None or not self.beside:
+            return self.dense(rows), None
+        return kernels().unpack_beside(self.packed, x, thin, product_dtype, self.launches, rows)
 
     def products(
         self, x: torch.Tensor, a: torch.Tensor | None, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x Wᵀ + bias `[..., out]` and h = x Aᵀ `[..., r]`, None without A."""
-        part, *others = self.parts
-        W = self.dense(part)
-        if part is None:
-            u = F.linear(x, W, bias)
-        else:
-            u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
-            rows, columns = x.view(-1, x.shape[-1]), u.view(-1, u.shape[-1])
-            torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
-            for part in others:
-                del W  # before there is the next one
-                W = self.dense(part)
-                torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
-            if bias is not None:
-                u += bias
-        return u, None if a is None else F.linear(as_dtype(x, self.branch_dtype), a)
+        u = h = None
+        for part in self.parts:
+            W, h = self.unpack(part, x, a) if h is None else (self.dense(part), h)
+            if part is None:
+                u = F.linear(x, W, bias)
+                continue
+            if u is None:
+                u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
+            columns = u.view(-1, u.shape[-1])[:, part[0] : part[1]]
+            torch.mm(x.view(-1, x.shape[-1]), W.t(), out=columns)
+            del W  # before there is the next one
+        if self.parts is not WHOLE and bias is not None:
+            u += bias
+        if a is not None and h is None:
+            h = F.linear(as_dtype(x, self.branch_dtype), a)
+        return u, h
 
     def input_gradients(
         self, t: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, x: torch.Tensor | None, a_dtype: torch.dtype
@@ -220,16 +235,17 @@ class Call:
         # cuBLAS reads what is there to be added behind the long sums: cheap, where dx is the larger part of it.
         first = alike and (self.parts is not WHOLE or self.in_features >= t.shape[1])
         dx = torch.mm(dh, a) if first else None
+        da = None
         for part in self.parts:
             columns = t if part is None else t[:, part[0] : part[1]]
-            W = self.dense(part)
+            W, da = self.unpack(part, x, dh, a_dtype) if da is None else (self.dense(part), da)
             dx = torch.mm(columns, W) if dx is None else dx.addmm_(columns, W)
             del W  # before there is the next one
         if not first:
             dx = dx.addmm_(dh, a) if alike else torch.addmm(dx.to(dh.dtype), dh, a)
-        if x is None:
-            return dx, None
-        return dx, product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
+        if x is not None and da is None:
+            da = product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
+        return dx, da
 
     def is_small(self, x: torch.Tensor) -> bool:
         """Whether one kernel makes the whole output of x."""
@@ -283,7 +299,7 @@ class Call:
         With `record` False only y and the factors are promised.
         """
         factors = self.factors(A, B, magnitude, floor=keep == "y")
-        self.use(factors.packed)
+        self.use(factors.packed, factors.a.shape[0])
         if x.dtype != self.dtype:
             x = x.to(self.dtype)
         if not x.is_contiguous():
@@ -409,7 +425,7 @@ def _gradients(
     kept_is_v = ctx.keep == "v"
     if need_m and not kept_is_v and kept._version:
         kept, kept_is_v = _recompute(call, x, h, factors, lora_bias), True
-    call.use(factors.packed)
+    call.use(factors.packed, factors.a.shape[0])
     need_t = need_x or need_a or need_b
     db = None
     if factors.stats is None:

@@ -63,7 +63,7 @@ def linear_of_groups(x: torch.Tensor, weight: Any, groups: Sequence[Group]) -> t
     first = next(call for call in calls if call is not None)
     for call, found in zip(calls, factors, strict=True):
         if call is not None:
-            call.use(found.packed)
+            call.use(found.packed, found.a.shape[0])
     x = as_dtype(x, first.dtype).contiguous()
     bias = weight.bias
     if len(groups) <= FEW_GROUPS and None not in calls and first.is_small(x):

@@ -2,6 +2,7 @@
 """The Triton bodies. This package is the only importer of triton, and is itself imported by the first call that runs a
 kernel."""
 
+from .beside import goes_beside, unpack_beside
 from .captured import expire_captured
 from .compose import compose, scale_gradient
 from .packed4 import dequantise_packed4
@@ -18,6 +19,7 @@ __all__ = [
     "compose",
     "dequantise",
     "expire_captured",
+    "goes_beside",
     "is_small",
     "kind_of",
     "row_norm",
@@ -25,6 +27,7 @@ __all__ = [
     "scale_gradient",
     "small_batch",
     "source_of",
+    "unpack_beside",
 ]
 
 PART_BYTES = 256 * 2**20  # larger products take no longer in parts of this size

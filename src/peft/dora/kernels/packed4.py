@@ -55,22 +55,34 @@ def load_weight4(
     in_features,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
     ROUND: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The tile W[o_m, k : k + BLOCK_K] as it is dequantised, in float32.
 
-    EVEN says that in_features is, so that no byte spans two rows; ROUND is the dtype's entry in ROUNDINGS.
+    ROWS says where rows begin: between two blocks that share a scale (2), between two bytes (1), or anywhere (0). ROUND is
+    the dtype's entry in ROUNDINGS. BLOCKSIZE and BLOCK_K are powers of two.
     """
-    if EVEN:
+    if ROWS > 0:
         o_half = k // 2 + tl.arange(0, BLOCK_K // 2)
         m_half = (o_m < out_features)[:, None] & (o_half < in_features // 2)[None, :]
         o_byte = o_m[:, None] * (in_features // 2) + o_half[None, :]  # [BLOCK_M, BLOCK_K / 2]
         b_byte = tl.load(data_ptr + o_byte, mask=m_half, other=0).to(tl.int32)
-        b_scale = load_scale4(
-            absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_half, NESTED
-        )
+        if ROWS == 2:  # one scale for each block, not for each byte
+            COUNT: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
+            o_first = k + tl.arange(0, COUNT) * BLOCKSIZE
+            m_block = (o_m < out_features)[:, None] & (o_first < in_features)[None, :]
+            o_block = (o_m[:, None] * in_features + o_first[None, :]) // BLOCKSIZE  # [BLOCK_M, COUNT]
+            b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_block, m_block, NESTED)
+            if COUNT > 1:
+                BLOCK_M: tl.constexpr = o_m.shape[0]
+                b_scale = tl.broadcast_to(b_scale[:, :, None], [BLOCK_M, COUNT, BLOCKSIZE // 2])
+                b_scale = tl.reshape(b_scale, [BLOCK_M, BLOCK_K // 2])
+        else:
+            b_scale = load_scale4(
+                absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, (o_byte * 2) // BLOCKSIZE, m_half, NESTED
+            )
         b_high = tl.load(code_ptr + (b_byte >> 4)) * b_scale
         b_low = tl.load(code_ptr + (b_byte & 15)) * b_scale
         return tl.interleave(round_to(b_high, ROUND), round_to(b_low, ROUND))
@@ -81,6 +93,38 @@ def load_weight4(
     b_nibble = (b_byte >> ((1 - o_w % 2) * 4).to(tl.int32)) & 15
     b_scale = load_scale4(absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_w // BLOCKSIZE, m_w, NESTED)
     return round_to(tl.load(code_ptr + b_nibble) * b_scale, ROUND)
+
+
+@triton.jit
+def unpack4(
+    data_ptr,
+    absmax_ptr,
+    code_ptr,
+    outer_ptr,
+    outer_code_ptr,
+    offset_ptr,
+    w_ptr,
+    i,
+    first,
+    elements,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The i-th run of BLOCKS blocks of a weight, counted from its element `first`, where a block begins."""
+    o_run = i.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    m_run = o_run * BLOCKSIZE < elements
+    b_scale = load_scale4(
+        absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, first // BLOCKSIZE + o_run, m_run, NESTED
+    )  # [BLOCKS]
+    o_byte = o_run[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
+    b_byte = tl.load(data_ptr + first // 2 + o_byte, mask=o_byte * 2 < elements, other=0).to(tl.int32)
+    b_high = round_to(tl.load(code_ptr + (b_byte >> 4)) * b_scale[:, None], ROUND)  # [BLOCKS, BLOCKSIZE / 2]
+    b_low = round_to(tl.load(code_ptr + (b_byte & 15)) * b_scale[:, None], ROUND)
+    b_w = tl.interleave(b_high.to(w_ptr.dtype.element_ty), b_low.to(w_ptr.dtype.element_ty))
+    o_w = o_run[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]  # [BLOCKS, BLOCKSIZE]
+    tl.store(w_ptr + o_w, b_w, mask=o_w < elements)
 
 
 @triton.jit
@@ -99,18 +143,11 @@ def dequantise4_kernel(
     ROUND: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    o_run = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    m_run = o_run * BLOCKSIZE < elements
-    b_scale = load_scale4(
-        absmax_ptr, outer_ptr, outer_code_ptr, offset_ptr, first // BLOCKSIZE + o_run, m_run, NESTED
-    )  # [BLOCKS]
-    o_byte = o_run[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
-    b_byte = tl.load(data_ptr + first // 2 + o_byte, mask=o_byte * 2 < elements, other=0).to(tl.int32)
-    b_high = round_to(tl.load(code_ptr + (b_byte >> 4)) * b_scale[:, None], ROUND)  # [BLOCKS, BLOCKSIZE / 2]
-    b_low = round_to(tl.load(code_ptr + (b_byte & 15)) * b_scale[:, None], ROUND)
-    b_w = tl.interleave(b_high.to(w_ptr.dtype.element_ty), b_low.to(w_ptr.dtype.element_ty))
-    o_w = o_run[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]  # [BLOCKS, BLOCKSIZE]
-    tl.store(w_ptr + o_w, b_w, mask=o_w < elements)
+    i = tl.program_id(0)
+    unpack4(
+        data_ptr, absmax_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, w_ptr, i, first, elements,
+        BLOCKSIZE, NESTED, ROUND, BLOCKS,
+    )  # fmt: skip
 
 
 _dequantise4 = Kernel(dequantise4_kernel)

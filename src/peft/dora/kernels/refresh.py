@@ -108,7 +108,7 @@ def norms_fwd_kernel(
     FACTOR_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, SCALE_TYPE: tl.constexpr, ZERO_TYPE: tl.constexpr,
     GROUP_TYPE: tl.constexpr, MAGNITUDE_TYPE: tl.constexpr, LAYOUT: tl.constexpr, EVEN_IN: tl.constexpr,
     ALIGNED: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr,
     BITS: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +164,7 @@ def norms_fwd_kernel(
             sum_squares(
                 p_w, p_scale, p_code, p_outer, p_outer_code, p_offset, p_zero, p_group, p_a, p_b, o_m, scaling,
                 out_features, in_features, size_m, size_k,
-                FORMAT, BLOCKSIZE, NESTED, EVEN, BITS, COUNT, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R, STAGES,
+                FORMAT, BLOCKSIZE, NESTED, ROWS, BITS, COUNT, ROUND, RANK, BLOCK_M, BLOCK_K, BLOCK_R, STAGES,
             )
         )  # fmt: skip
         if kept_ptr is not None:

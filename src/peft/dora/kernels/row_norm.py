@@ -20,7 +20,7 @@ GROUPED = ("gptq", "awq", "hqq")
 def sum_squares(
     w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, zero_ptr, group_ptr, a_ptr, b_ptr, o_m, scaling,
     out_features, in_features, size_m, size_k,
-    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, EVEN: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr,
     BITS: tl.constexpr, COUNT: tl.constexpr, ROUND: tl.constexpr,
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
@@ -51,7 +51,7 @@ def sum_squares(
         if FORMAT == 4:
             b_w = load_weight4(
                 w_ptr, scale_ptr, code_ptr, outer_ptr, outer_code_ptr, offset_ptr, o_m, k, out_features, in_features,
-                BLOCKSIZE, NESTED, EVEN, ROUND, BLOCK_K,
+                BLOCKSIZE, NESTED, ROWS, ROUND, BLOCK_K,
             )  # fmt: skip
         elif FORMAT == 8:
             b_w = load_weight8(w_ptr, scale_ptr, o_m, k, out_features, in_features, BLOCK_K)
@@ -74,12 +74,12 @@ class Source(NamedTuple):
     Args:
         pointers: Its data and what its scales need: scale, code, outer scale, outer code, offset, zero point, group.
         sizes: Elements from row to row and from column to column, of plain weights; plane_rows and cycle_rows of HQQ's.
-        constants: FORMAT, BLOCKSIZE, NESTED, EVEN, BITS, COUNT, ROUND.
+        constants: FORMAT, BLOCKSIZE, NESTED, ROWS, BITS, COUNT, ROUND.
     """
 
     pointers: tuple
     sizes: tuple[int, int]
-    constants: tuple[int, int, int, bool, int, int, int]
+    constants: tuple[int, int, int, int, int, int, int]
 
 
 def source_of(weight: Any, packed: Any) -> Source | None:
@@ -93,14 +93,16 @@ def source_of(weight: Any, packed: Any) -> Source | None:
         if weight.format != "plain":
             return None
         matrix = weight.dense()
-        return Source((matrix, *[None] * 7), matrix.stride(), (PLAIN, 0, 0, False, 0, 0, 0))
+        return Source((matrix, *[None] * 7), matrix.stride(), (PLAIN, 0, 0, 0, 0, 0, 0))
     if packed.kind == "int8":
-        return Source((packed.data, packed.scb, *[None] * 6), (0, 0), (EIGHT_BIT, 0, 0, False, 0, 0, 0))
+        return Source((packed.data, packed.scb, *[None] * 6), (0, 0), (EIGHT_BIT, 0, 0, 0, 0, 0, 0))
     if packed.kind in GROUPED:
         (words, scales, zeros, groups), sizes, (layout, *rest) = group_args(packed)
         size, bits, count, rounding = rest
-        constants = layout, size, 0, False, bits, count, rounding
+        constants = layout, size, 0, 0, bits, count, rounding
         return Source((words, scales, *[None] * 4, zeros, groups), sizes, constants)
     scales, (blocksize, nested) = packed4_args(packed)
-    constants = (FOUR_BIT, blocksize, nested, packed.shape[1] % 2 == 0, 0, 0, ROUNDINGS.get(packed.dtype, 0))
+    in_features = packed.shape[1]
+    rows = 2 if in_features % blocksize == 0 else 1 if in_features % 2 == 0 else 0
+    constants = (FOUR_BIT, blocksize, nested, rows, 0, 0, ROUNDINGS.get(packed.dtype, 0))
     return Source((packed.data, *scales, None, None), (0, 0), constants)

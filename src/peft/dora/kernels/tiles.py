@@ -81,4 +81,5 @@ def norm_tiles(rank: int, weight_format: int, itemsize: int, wide: bool = WIDE) 
         return NormTiles(16, 32, rank_block(rank), 1, 1)
     if rank > 64:
         return NormTiles(64, 256, 64, 8, 3) if wide and itemsize == 2 else NormTiles(64, 64, 32, 4, 3)
-    return NormTiles(32, 128, rank_block(rank), 4, 3)
+    # Unpacked values are arithmetic, not loads: stages would only take registers from it.
+    return NormTiles(32, 128, rank_block(rank), 4, 1 if weight_format == 4 else 3)
