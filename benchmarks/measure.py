@@ -7,6 +7,7 @@ run.py starts it, with our sources or the upstream release first on the path. It
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-MARK = "ROW "
+MARK, READY = "ROW ", "READY"
 WITHOUT_MASK = "sdpa_without_mask"
 
 
@@ -273,8 +274,16 @@ def main() -> None:
     parser.add_argument("case", choices=CASES)
     parser.add_argument("implementation", choices=IMPLEMENTATIONS)
     parser.add_argument("--source", type=Path, required=True, help="the folder that holds our `peft`")
+    parser.add_argument("--wait", action="store_true", help="import, say so, and wait for a line before anything else")
     arguments = parser.parse_args()
-    row = measure(CASES[arguments.case], IMPLEMENTATIONS[arguments.implementation], arguments.source.resolve())
+    case, implementation = CASES[arguments.case], IMPLEMENTATIONS[arguments.implementation]
+    if arguments.wait:
+        for name in filter(None, (PACKED.get(case.base), "peft" if implementation.package else None)):
+            importlib.import_module(name)
+        print(READY, flush=True)
+        if not sys.stdin.readline():
+            sys.exit("whoever was to give this process its turn is gone")
+    row = measure(case, implementation, arguments.source.resolve())
     print(MARK + json.dumps(row), flush=True)
 
 

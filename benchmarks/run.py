@@ -1,5 +1,6 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Measures ours beside an installed upstream, one process a case and implementation, in turn, and stores the rows.
+"""Measures ours beside an installed upstream, one process a case and implementation, in turn, and stores the rows. The
+processes of a case are started together, and import; none touches the device before its turn, when the others only wait.
 
     python run.py                               # every case that this machine can run
     python run.py --cases c1 c4 --rounds 3 --verify
@@ -7,7 +8,8 @@
 
 Ours is imported from `src` by PYTHONPATH; upstream is the `peft` that the peer interpreter finds without it. Without
 --peer that is this interpreter, or where it has no peft but ours, the environment that tests/interop builds. With --verify
-the tests of what is measured run first, and rows carry their result; verify.py refuses rows without it.
+the tests of what is measured run first, and rows carry their result; verify.py refuses rows without it. A later call may
+take it over (--tested FILE, the file of those rows), as long as sources and GPU are the same.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from registry import CASES, IMPLEMENTATIONS, PACKED, implementations_of, predict_ms
-from rows import ROOT, SOURCE, append, commit, path_of, source_digest
+from rows import ROOT, SOURCE, append, commit, path_of, read, source_digest
 from verify import TESTS
 
-MARK = "ROW "
+MARK, READY = "ROW ", "READY"
 TIMEOUT_S = 3600
 
 
@@ -50,26 +53,66 @@ def environment_of(package: str | None) -> dict[str, str]:
     return environment
 
 
+class Process:
+    """`script` of this folder in a process of its own, on `package` (None: on neither)."""
+
+    def __init__(self, script: str, arguments: list[str], package: str | None, peer: str) -> None:
+        self.name = " ".join([script, *arguments])
+        # A file, since nobody reads a pipe while the process waits.
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [peer if package == "upstream" else sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+            env=environment_of(package), cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+
+    def wait_until_ready(self) -> None:
+        """Returns when the process has said that it waits for its turn, or has ended."""
+        for line in self.process.stdout:
+            if line.strip() == READY:
+                return
+
+    def finish(self, timeout: float = TIMEOUT_S) -> dict:
+        """Gives the process its turn; what it says in one line.
+
+        Raises:
+            MeasurementError: if it fails or prints no such line; the end of its error output is in the message.
+            subprocess.TimeoutExpired: if it has not ended after `timeout` seconds; it is killed.
+        """
+        with self.errors:
+            try:
+                said, _ = self.process.communicate("\n", timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            self.errors.seek(0)
+            errors = self.errors.read()
+        for line in said.splitlines():
+            if self.process.returncode == 0 and line.startswith(MARK):
+                return json.loads(line[len(MARK) :])
+        raise MeasurementError(f"{self.name}: exit code {self.process.returncode}\n{errors[-1000:]}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 def start(script: str, arguments: list[str], package: str | None, peer: str, timeout: float = TIMEOUT_S) -> dict:
-    """Runs `script` of this folder on `package` (None: on neither) in a process of its own; what it says in one line.
-
-    Raises:
-        MeasurementError: if the process fails or prints no such line; the end of its error output is in the message.
-    """
-    command = [peer if package == "upstream" else sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(
-        command, env=environment_of(package), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
-    for line in done.stdout.splitlines():
-        if done.returncode == 0 and line.startswith(MARK):
-            return json.loads(line[len(MARK) :])
-    raise MeasurementError(f"{script} {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-1000:]}")
+    """What `script` says, which waits for no turn; errors as from `Process.finish`."""
+    return Process(script, arguments, package, peer).finish(timeout)
 
 
-def measure(case: str, implementation: str, peer: str, timeout: float = TIMEOUT_S) -> dict:
-    """The measured part of one process's row; errors as from `start`."""
-    package = IMPLEMENTATIONS[implementation].package
-    return start("measure.py", [case, implementation, "--source", str(SOURCE)], package, peer, timeout)
+def waiting(case: str, implementations: list[str], peer: str) -> dict[str, Process]:
+    """A process for each of `implementations`, which has imported what it needs and waits for its turn."""
+    processes = {
+        name: Process(
+            "measure.py", [case, name, "--source", str(SOURCE), "--wait"], IMPLEMENTATIONS[name].package, peer
+        )
+        for name in implementations
+    }
+    for process in processes.values():
+        process.wait_until_ready()
+    return processes
 
 
 def find_peer() -> str:
@@ -105,6 +148,20 @@ def run_tests(tests: list[str]) -> dict:
     }
 
 
+def tests_of(path: Path) -> dict:
+    """The tests that ran with the rows of `path`.
+
+    Raises:
+        ValueError: if none of them was measured on these sources and this GPU, after green tests.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    for row in reversed(read(path)):
+        tests = row.get("tests")
+        if tests and (tests["source"], tests["gpu"], tests["exit"]) == (source_digest(), gpu, 0):
+            return tests
+    raise ValueError(f"--tested {path}: no row has green tests of these sources on {gpu or 'the CPU'}; use --verify")
+
+
 def _pytest_options() -> list[str]:
     """The options that pytest takes from the environment, as a shell would be given them."""
     options = os.environ.get("PYTEST_ADDOPTS")
@@ -131,13 +188,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="the file for the rows; default: results/DEVICE.jsonl")
     parser.add_argument("--commit", default=None, help="the commit to write down where there is no repository")
     parser.add_argument("--verify", action="store_true", help="run the tests first; measure only if they are green")
+    parser.add_argument("--tested", type=Path, help="take over the tests that ran with the rows of this file")
     parser.add_argument("--tests", nargs="+", default=[TESTS], help="pytest's arguments for --verify")
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
-    tests = None
+    tests = tests_of(arguments.tested) if arguments.tested else None
     if arguments.verify:
         tests = run_tests(arguments.tests)
         if tests["exit"] != 0:
@@ -149,12 +207,13 @@ def main() -> int:
     failed = 0
     for name in cases_here(arguments.cases):
         for i_round in range(arguments.rounds):
-            for implementation in arguments.implementations or implementations_of(CASES[name]):
+            processes = waiting(name, arguments.implementations or implementations_of(CASES[name]), peer)
+            for implementation, process in processes.items():
                 prediction = predict_ms(CASES[name], IMPLEMENTATIONS[implementation])
                 head = {"case": name, "implementation": implementation, "round": i_round, **known}
                 head["prediction_ms"] = prediction and round(prediction, 2)
                 try:
-                    row = {**head, **measure(name, implementation, peer)}
+                    row = {**head, **process.finish()}
                 except (MeasurementError, subprocess.TimeoutExpired) as error:
                     failed += 1
                     print(f"FAILED {error}", file=sys.stderr, flush=True)

@@ -112,20 +112,18 @@ def test_one_token_cannot_be_split(monkeypatch):
 @pytest.mark.gpu
 def test_out_of_memory_for_real():
     torch.manual_seed(0)
-    config = LoraConfig(
-        r=8, target_modules=["0"], use_dora=True, init_lora_weights=False, autocast_adapter_dtype=False
-    )
+    config = LoraConfig(r=8, target_modules=["0"], use_dora=True, init_lora_weights=False)
     model = get_peft_model(nn.Sequential(nn.Linear(4096, 4096, bias=False)).cuda(), config)
     x = torch.randn(2**16, 4096, device="cuda")
     with torch.no_grad():
         expected = model(x).cpu()
+        twice = torch.cat([x, x])
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(0).total_memory
-        used = torch.cuda.memory_allocated()
-        torch.cuda.set_per_process_memory_fraction((used + 1.1 * x.nbytes) / total)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 1.1 * x.nbytes) / total)
         try:
             with pytest.raises(torch.OutOfMemoryError), pytest.warns(PeftWarning, match="tried once more"):
-                model(torch.cat([x, x]))
+                model(twice)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         torch.testing.assert_close(model(x).cpu(), expected)

@@ -119,14 +119,16 @@ def test_order_of_a_batch():
 
 
 def launches_of(function):
-    """How many kernels the device runs in `function`, copies and fills left out."""
-    function()
+    """The kernels that the device runs in `function`, copies and fills left out, once what it keeps is there."""
+    for _ in range(4):
+        function()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         function()
         torch.cuda.synchronize()
     events = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+    copies = "Memcpy", "Memset", "FillFunctor"  # deterministic algorithms fill what is allocated
+    return [event.name for event in events if not any(name in event.name for name in copies)]
 
 
 @pytest.mark.gpu
@@ -154,6 +156,6 @@ def test_launches_beyond_the_base(batch, quantised):
         model.base_model.to(torch.bfloat16)
         names = (["default", "second"] * batch)[:batch]
         mixed = launches_of(lambda: model(x, adapter_names=names))
-    assert ours <= base + 3 * len(layers) + 2
-    assert ours <= 2 * len(layers) + 2
-    assert mixed <= base + 5 * len(layers) + 2
+    assert len(ours) <= len(base) + 3 * len(layers) + 2, ours
+    assert len(ours) <= 2 * len(layers) + 2, ours
+    assert len(mixed) <= len(base) + 5 * len(layers) + 2, mixed

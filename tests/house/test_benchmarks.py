@@ -150,7 +150,7 @@ def test_nothing_is_measured_where_the_tests_are_not_green(bench, monkeypatch, t
     failing.write_text("def test_no():\n    assert False\n", encoding="utf-8")
     output = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["run.py", "--verify", "--tests", str(failing), "--output", str(output)])
-    monkeypatch.setattr(run, "measure", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(run, "waiting", lambda *arguments: pytest.fail("measured"))
     assert run.main() == 1 and not output.exists()
     assert "not measured: the tests are not green (1 failed)" in capsys.readouterr().err
 
@@ -274,12 +274,42 @@ def test_steps_without_a_backward_pass(bench, case):
     assert len(set(found.values())) == len(found)
 
 
-def test_a_process_measures_ours(bench):
+def test_processes_measure_ours_in_turn(bench):
     run = bench("run")
-    row = run.measure("tiny-mlp", "dora", sys.executable, timeout=300)
+    waiting = run.waiting("tiny-mlp", ["lora", "dora"], sys.executable)
+    assert all(process.process.poll() is None for process in waiting.values())
+    waiting["lora"].kill()
+    row = waiting["dora"].finish(timeout=300)
+    with pytest.raises(run.MeasurementError, match=r"measure.py tiny-mlp lora .*exit code -9"):
+        waiting["lora"].finish(timeout=300)
     assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     assert row["versions"]["peft"] == "0.21.2+triton.1"
     assert row["losses"] == sorted(row["losses"], reverse=True), "the fixed batch is learnt step by step"
+
+
+def test_a_process_that_fails_or_is_left_alone_says_so(bench):
+    run = bench("run")
+    left = run.waiting("tiny-mlp", ["lora"], sys.executable)["lora"]
+    left.process.stdin.close()
+    left.process.stdin = None
+    with pytest.raises(run.MeasurementError, match="give this process its turn"):
+        left.finish(timeout=300)
+    with pytest.raises(run.MeasurementError, match="invalid choice"):
+        run.start("measure.py", ["no-case", "lora"], "ours", sys.executable)
+
+
+def test_tests_are_taken_over_for_the_same_sources_alone(bench, tmp_path, monkeypatch):
+    run, rows = bench("run"), bench("rows")
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "rows.jsonl"
+    tests = {"source": run.source_digest(), "gpu": None, "exit": 0, "passed": 100}
+    rows.append({"tests": tests}, path)
+    for other in ({"source": "0" * 16}, {"gpu": "NVIDIA"}, {"exit": 1}):
+        rows.append({"tests": {**tests, **other}}, path)
+    assert run.tests_of(path) == tests
+    path.write_text(path.read_text().split("\n", 1)[1])
+    with pytest.raises(ValueError, match=r"--tested .*use --verify"):
+        run.tests_of(path)
 
 
 def test_a_process_with_the_wrong_package_stops(bench):
