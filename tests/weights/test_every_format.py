@@ -28,6 +28,7 @@ from storage import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import integrations
 
 from cases import FORMATS as CASES
 from cases import METHODS, Wrapped
@@ -111,6 +112,27 @@ def by_hand(build: Callable) -> Callable[[int, int, int, str], nn.Module]:
     return make
 
 
+def bitnet(out: int, features: int, seed: int, device: str) -> nn.Module:
+    torch.manual_seed(seed)
+    layer = integrations.bitnet.BitLinear(features, out, bias=True, dtype=BF16)
+    layer.weight.copy_(integrations.bitnet.pack_weights(torch.randint(-1, 2, (out, features))))
+    layer.weight_scale.fill_(features**0.5), layer.bias.normal_()
+    return layer.requires_grad_(False)
+
+
+def bitnet_floats(online: bool) -> Callable[..., nn.Module]:
+    def build(out: int, features: int, matrix: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+        layer = integrations.bitnet.AutoBitLinear(features, out, bias=online, online_quant=online)
+        layer.weight.data = matrix
+        if online:
+            layer.bias.data = bias
+        else:
+            layer.weight_scale.fill_(1.5)
+        return layer
+
+    return build
+
+
 def by_torchao(config: Callable) -> Callable[[int, int, int, str], nn.Module]:
     def make(out: int, features: int, seed: int, device: str) -> nn.Module:
         from torchao import quantization
@@ -149,6 +171,7 @@ def marlin(out: int, features: int, seed: int, device: str) -> nn.Module:
     return makers.named("MarlinLinear")(out, features)
 
 
+BITNET_FLOATS = "BitNet in transformers, as floats (`AutoBitLinear`)"
 BNB_4BIT, FP8 = "bitsandbytes 4 bit (NF4, FP4)", "transformers' float8 (`FP8Linear`)"
 ROWS = [
     of_case("nf4", BNB_4BIT, 0.2),
@@ -188,6 +211,9 @@ ROWS = [
     Row("fp8-block-ue8m0", FP8, by_hand(makers.blocked(scale_fmt="ue8m0")), FP32, 0.1, "transformers"),
     Row("fp8-tensor", FP8, by_hand(makers.blocked(None)), FP32, 0.1, "transformers"),
     Row("fbgemm-layout", "FBGEMM float8 in transformers", by_hand(makers.fbgemm), FP32, 0.1),
+    Row("bitnet", "BitNet in transformers, packed (`BitLinear`)", bitnet, BF16, 0.5, "transformers"),
+    Row("bitnet-rounded", BITNET_FLOATS, by_hand(bitnet_floats(True)), FP32, 0.5, "transformers"),
+    Row("bitnet-scaled", BITNET_FLOATS, by_hand(bitnet_floats(False)), FP32, 0.05, "transformers"),
     Row("inc", "Intel Neural Compressor float8", inc, BF16, 0.2, "neural_compressor"),
     Row(
         "eetq-layout", "EETQ", lambda out, features, seed, device: makers.eetq_linear("transformers", out, features, seed),
