@@ -26,6 +26,12 @@ def pytorch_body(x, weight, scale, block_size=None, bias=None, activation_scale=
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def fbgemm_body(layer, x):
+    """What `FbgemmFp8Linear` computes, in PyTorch."""
+    y = _round_rows(x.float()) @ (layer.weight.float() * layer.weight_scale).T
+    return (y if layer.bias is None else y + layer.bias).to(x.dtype)
+
+
 def blocked(block=(32, 64), scale_fmt="float"):
     def make(out, features, matrix, bias):
         layer = by_block.FP8Linear(features, out, block, scale_fmt=scale_fmt, has_bias=True)

@@ -1,6 +1,7 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """The one table: every storage format × LoRA, DoRA and DoRA with Triton × forward, backward, merging, unmerging, saving and
-loading. What a format does not do it refuses for the reason that its row states, before anything is changed."""
+loading; and that the documentation's table says what is so. What a format does not do it refuses for the reason that its
+row states, before anything is changed. A new format is one row here beside its file in peft/weights."""
 
 from __future__ import annotations
 
@@ -27,15 +28,18 @@ from storage import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import integrations
 
-from cases import FORMATS, METHODS, Wrapped
+from cases import FORMATS as CASES
+from cases import METHODS, Wrapped
 from peft import dora
 from peft.dora import norm as dora_norm
-from peft.weights import find_weight, through
+from peft.weights import FORMATS, find_weight, through
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
-formats = importlib.import_module("formats")
+documented = importlib.import_module("formats")
 
+HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 OUT, FEATURES = 128, 64  # bitsandbytes on a CPU wants multiples of its blocks
 
 
@@ -45,11 +49,11 @@ class Row:
 
     Args:
         name: As it stands in test ids.
-        form: Its name in the table of the documentation.
+        form: The name that its format is registered by.
         make: A layer from (out, features, seed) and the device.
         dtype: Of inputs.
         rounding: Relative error that storing a merged weight may make in an output.
-        package: What has to be installed.
+        package: The library that the layer is of; None where the layer, or the kernel of its product, is a stand-in.
         devices: Where it runs.
         mark: The attribute by which transformers marks a model that it loaded so.
         refuses: Why nothing can be merged, as the error says it; None where it can.
@@ -78,18 +82,9 @@ class Row:
         return torch.randn(2, 3, FEATURES, generator=generator).to(self.dtype).to(device)
 
 
-# Of an output, by the bits that an element is stored in.
-ROUNDING = {
-    "nf4": 0.2, "nf4-nested": 0.2, "fp4": 0.3, "fp4-nested": 0.3, "int8": 0.05, "int8-bf16": 0.05, "hqq4": 0.2,
-    "hqq4-across": 0.25, "hqq8": 0.05, "hqq3": 0.4, "gptq4": 0.2, "gptq4-act-order": 0.2, "gptq3": 0.4, "gptq8": 0.05,
-    "awq4": 0.2, "awq8": 0.05, "ao-int8": 0.05, "ao-int8-bf16": 0.05, "ao-float8": 0.1, "ao-int4": 0.3, "ct-int8": 0.05,
-    "ct-int4": 0.3, "aqlm": 0.0,
-}  # fmt: skip
-
-
-def of_case(case: str, form: str) -> Row:
+def of_case(case: str, form: str, rounding: float) -> Row:
     """A format of tests/cases.py, made by its library."""
-    stored_as = FORMATS[case]
+    stored_as = CASES[case]
     quantiser = stored_as.quantiser
 
     def make(out: int, features: int, seed: int, device: str) -> nn.Module:
@@ -102,8 +97,8 @@ def of_case(case: str, form: str) -> Row:
 
     refuses = None if quantiser.requantised is not None else "AQLM's codes come from a search"
     return Row(
-        case, form, make, stored_as.dtype, ROUNDING[case], quantiser.package, ("cpu", "cuda"), quantiser.mark, refuses
-    )
+        case, form, make, stored_as.dtype, rounding, quantiser.package, ("cpu", "cuda"), quantiser.mark, refuses,
+    )  # fmt: skip
 
 
 def by_hand(build: Callable) -> Callable[[int, int, int, str], nn.Module]:
@@ -115,6 +110,27 @@ def by_hand(build: Callable) -> Callable[[int, int, int, str], nn.Module]:
         return build(out, features, matrix, bias).requires_grad_(False)
 
     return make
+
+
+def bitnet(out: int, features: int, seed: int, device: str) -> nn.Module:
+    torch.manual_seed(seed)
+    layer = integrations.bitnet.BitLinear(features, out, bias=True, dtype=BF16)
+    layer.weight.copy_(integrations.bitnet.pack_weights(torch.randint(-1, 2, (out, features))))
+    layer.weight_scale.fill_(features**0.5), layer.bias.normal_()
+    return layer.requires_grad_(False)
+
+
+def bitnet_floats(online: bool) -> Callable[..., nn.Module]:
+    def build(out: int, features: int, matrix: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+        layer = integrations.bitnet.AutoBitLinear(features, out, bias=online, online_quant=online)
+        layer.weight.data = matrix
+        if online:
+            layer.bias.data = bias
+        else:
+            layer.weight_scale.fill_(1.5)
+        return layer
+
+    return build
 
 
 def by_torchao(config: Callable) -> Callable[[int, int, int, str], nn.Module]:
@@ -155,21 +171,49 @@ def marlin(out: int, features: int, seed: int, device: str) -> nn.Module:
     return makers.named("MarlinLinear")(out, features)
 
 
-HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-FP8 = "transformers' float8 (`FP8Linear`)"
+BITNET_FLOATS = "BitNet in transformers, as floats (`AutoBitLinear`)"
+BNB_4BIT, FP8 = "bitsandbytes 4 bit (NF4, FP4)", "transformers' float8 (`FP8Linear`)"
 ROWS = [
-    *(of_case(case, form.name) for form in formats.FORMS for case in form.cases),
+    of_case("nf4", BNB_4BIT, 0.2),
+    of_case("nf4-nested", BNB_4BIT, 0.2),
+    of_case("fp4", BNB_4BIT, 0.3),
+    of_case("fp4-nested", BNB_4BIT, 0.3),
+    of_case("int8", "bitsandbytes 8 bit", 0.05),
+    of_case("int8-bf16", "bitsandbytes 8 bit", 0.05),
+    of_case("hqq4", "HQQ", 0.2),
+    of_case("hqq4-across", "HQQ", 0.25),
+    of_case("hqq8", "HQQ", 0.05),
+    of_case("hqq3", "HQQ", 0.4),
+    of_case("gptq4", "GPTQ", 0.2),
+    of_case("gptq4-act-order", "GPTQ", 0.2),
+    of_case("gptq3", "GPTQ", 0.4),
+    of_case("gptq8", "GPTQ", 0.05),
+    of_case("awq4", "AWQ", 0.2),
+    of_case("awq8", "AWQ", 0.05),
     Row("gptqmodel-marlin", "gptqmodel's other backends", marlin, FP32, 0.0, refuses='backend="gptq_torch"'),
+    of_case("aqlm", "AQLM", 0.0),
+    of_case("ao-int8", "torchao int8", 0.05),
+    of_case("ao-int8-bf16", "torchao int8", 0.05),
+    of_case("ao-float8", "torchao float8", 0.1),
+    of_case("ao-int4", "torchao intx (1 to 8 bits)", 0.3),
     Row("ao-int4-cpu", "torchao int4 for CPUs", by_torchao(_int4_on_cpu), BF16, 0.3, "torchao"),
     Row(
         "ao-int4-tiled", "torchao int4 for GPUs, tiled",
         by_torchao(lambda: _int4_on_gpu(int4_packing_format="tile_packed_to_4d")), BF16, 0.3, "torchao", ("cuda",),
     ),
     Row("ao-int4-plain", "torchao int4 for GPUs, plain", by_torchao(_int4_on_gpu), BF16, 0.3, "mslk", ("cuda",)),
-    Row("ct-fp8-row", "compressed-tensors float8 in transformers", by_hand(makers.rowwise), FP32, 0.1),
-    Row("fp8-block", FP8, by_hand(makers.blocked()), FP32, 0.1),
-    Row("fp8-block-ue8m0", FP8, by_hand(makers.blocked(scale_fmt="ue8m0")), FP32, 0.1),
-    Row("fp8-tensor", FP8, by_hand(makers.blocked(None)), FP32, 0.1),
+    of_case("ct-int8", "compressed-tensors", 0.05),
+    of_case("ct-int4", "compressed-tensors", 0.3),
+    Row(
+        "ct-fp8-row", "compressed-tensors float8 in transformers", by_hand(makers.rowwise), FP32, 0.1, "transformers",
+    ),
+    Row("fp8-block", FP8, by_hand(makers.blocked()), FP32, 0.1, "transformers"),
+    Row("fp8-block-ue8m0", FP8, by_hand(makers.blocked(scale_fmt="ue8m0")), FP32, 0.1, "transformers"),
+    Row("fp8-tensor", FP8, by_hand(makers.blocked(None)), FP32, 0.1, "transformers"),
+    Row("fbgemm-layout", "FBGEMM float8 in transformers", by_hand(makers.fbgemm), FP32, 0.1),
+    Row("bitnet", "BitNet in transformers, packed (`BitLinear`)", bitnet, BF16, 0.5, "transformers"),
+    Row("bitnet-rounded", BITNET_FLOATS, by_hand(bitnet_floats(True)), FP32, 0.5, "transformers"),
+    Row("bitnet-scaled", BITNET_FLOATS, by_hand(bitnet_floats(False)), FP32, 0.05, "transformers"),
     Row("inc", "Intel Neural Compressor float8", inc, BF16, 0.2, "neural_compressor"),
     Row(
         "eetq-layout", "EETQ", lambda out, features, seed, device: makers.eetq_linear("transformers", out, features, seed),
@@ -184,8 +228,6 @@ ROWS = [
         lambda out, features, seed, device: makers.te_linear("plain", out, features, seed), BF16, 0.1, exact=False,
     ),
 ]  # fmt: skip
-# Its layer runs on a GPU that FBGEMM's kernels know; what is read and written is tested in test_fp8_weights.py.
-NOT_RUN = {"FBGEMM float8 in transformers"}
 CELLS = [
     pytest.param(row, device, id=f"{row.name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
     for row in ROWS
@@ -202,16 +244,37 @@ def libraries(request, monkeypatch, tmp_path):
     if row is not None and row.package is not None and importlib.util.find_spec(row.package) is None:
         pytest.skip(f"{row.package} is not installed")
     monkeypatch.setattr(makers.by_block, "fp8_linear", makers.pytorch_body)
+    monkeypatch.setattr(makers.fbgemm_fp8.FbgemmFp8Linear, "forward", makers.fbgemm_body)
     monkeypatch.setattr(makers.transformers_eetq, "eetq_kernels_hub", makers.Kernels, raising=False)
     monkeypatch.chdir(tmp_path)  # Neural Compressor writes what it measured there
+    with torch.compiler.set_stance("force_eager"):  # some libraries compile their products
+        yield
 
 
-def test_every_format_of_the_documentation_has_its_rows():
-    assert {row.form for row in ROWS} | NOT_RUN == {form.name for form in formats.FORMS}
-    weights = {form.name: form.weight for form in formats.FORMS}
-    for row in ROWS:
-        if row.package is None:
-            assert type(find_weight(row.model("cpu").first)) is weights[row.form], row.name
+def test_every_format_has_its_rows():
+    assert {row.form for row in ROWS} == {form.name for form in FORMATS}
+    assert {row.name for row in ROWS} >= {name for name, case in CASES.items() if case.quant is not None}
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_a_format_is_verified_where_a_row_runs_its_library(form):
+    rows = [row for row in ROWS if row.form == form.name and row.package is not None]
+    devices = {device for row in rows for device in row.devices}
+    assert ("CPU" in form.verified) == ("cpu" in devices)
+    assert "GPU" not in form.verified or "cuda" in devices
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@cells
+def test_what_the_documentation_says_of_a_format_is_so(row, device, use_dora):
+    form = next(form for form in FORMATS if form.name == row.form)
+    for layer in lora_layers(adapted(row.model(device), use_dora=use_dora)):
+        base = layer.get_base_layer()
+        weight = find_weight(base)
+        assert type(layer) is documented.lora_class(form) and type(weight) is form.weight
+        assert form.tensor is None or type(base.weight).__name__ == form.tensor
+        assert (weight.packed() is not None) == documented.reads_packed_bytes(form)
+        assert (weight.why_read_only() is None) == documented.merges(form) == (row.refuses is None)
 
 
 @methods

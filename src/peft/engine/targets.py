@@ -13,14 +13,15 @@ from transformers.pytorch_utils import Conv1D
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import match_target_against_key
 from peft.utils.peft_types import TaskType
+from peft.weights import reader_of
 
 from .layer import BaseTunerLayer
 
 if TYPE_CHECKING:
     from peft.config import PeftConfig
 
-# Names of classes that count as linear for "all-linear" besides nn.Linear and Conv1D: storage formats whose layers do not
-# derive from nn.Linear, told by name so that no quantiser is imported.
+# Names of classes that count as linear for "all-linear" besides nn.Linear, Conv1D and the registered storage formats,
+# whatever package they are of.
 _LINEAR_CLASS_NAMES = frozenset(
     "EetqLinear EETQLinear HQQLinear QuantizedLinear WQLinear_GEMM WQLinear_GEMV BaseQuantLinear BitLinear".split()
 )
@@ -98,7 +99,7 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 def is_linear_like(module: nn.Module) -> bool:
     """Whether "all-linear" includes this module: it multiplies its input by one stored matrix."""
-    if isinstance(module, (nn.Linear, Conv1D)):
+    if isinstance(module, (nn.Linear, Conv1D)) or reader_of(module) is not None:
         return True
     return any(
         cls.__name__ in _LINEAR_CLASS_NAMES or cls.__name__.endswith("QuantLinear") for cls in type(module).__mro__

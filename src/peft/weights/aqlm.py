@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .formats import Format, register
 from .stored import StoredWeight
 
 _STORED = ("codes", "codebooks", "scales")
@@ -87,3 +88,8 @@ class AqlmWeight(StoredWeight):
         has_run = layer.gemv_op is not None
         swapped = codes.shape[0] != out_groups or (out_groups == in_groups and self._may_swap and has_run)
         return codes.transpose(0, 1) if swapped else codes
+
+
+register(
+    Format("AQLM", AqlmWeight, ("aqlm.inference.QuantizedLinear",), verified="CPU", remark="codes come from a search")
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from .formats import Format, register
 from .gptq import WordsWeight
 from .words import BLOCK, pack, unpack_columns
 
@@ -55,3 +56,14 @@ class AwqWeight(WordsWeight):
         if self.bits == 4:
             codes, zeros = (part.unflatten(1, (-1, 8))[..., ORDER].flatten(1) for part in (codes, zeros))
         return tuple(pack(part.T, self.bits, dtype).T for part in (codes, zeros))
+
+
+register(
+    Format(
+        "AWQ",
+        AwqWeight,
+        tuple(sorted(".".join(kind) for kind in AwqWeight.kinds)),
+        verified="CPU",
+        remark="gptqmodel's, and autoawq's for GEMM",
+    )
+)

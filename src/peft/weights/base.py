@@ -253,6 +253,10 @@ class BaseWeight(ABC):
         """`key() == key`; formats that can tell more cheaply do."""
         return self.key() == key
 
+    def reader_of_shards(self) -> type | None:
+        """What reads the layer while its bytes are spread over processes; None: what reads a plain weight's shards."""
+        return None
+
     def packed(self) -> Packed | None:
         """The stored bytes for kernels that read them, or None where no kernel can."""
         return None

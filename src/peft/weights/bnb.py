@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .base import Packed, SameObject, bears, comes_and_goes, held_parameter, overwrite, untouched
+from .formats import Format, register
 from .sharded import Piece, ShardedWeight, pieces_of_run
 from .stored import MaybePlainWeight, no_dispatch
 
@@ -118,6 +119,10 @@ class Weight4bit(_Quantised):
             if state is None or len(key) < 3:
                 return self.key() == key
             return key[0]._ref() is state and bears(weight, key[1]) and bears(state.absmax, key[2])
+
+    def reader_of_shards(self) -> type | None:
+        """Until it is quantised the layer holds a plain weight."""
+        return None if getattr(self.layer, "quant_state", None) is None else ShardedWeight4bit
 
     def packed(self) -> Packed | None:
         state = self._stored()
@@ -438,3 +443,9 @@ def _read_interleaved(weight: torch.Tensor, state: Any, a: int, b: int) -> torch
     scales = state.absmax[:, a:b].T.float()
     matrix = state.code[codes.int()].view(b - a, features // state.blocksize, state.blocksize) * scales[:, :, None]
     return matrix.view(b - a, features).to(state.original_dtype)
+
+
+register(
+    Format("bitsandbytes 4 bit (NF4, FP4)", Weight4bit, ("bitsandbytes.nn.modules.Linear4bit",), verified="CPU, GPU"),
+    Format("bitsandbytes 8 bit", Weight8bit, ("bitsandbytes.nn.modules.Linear8bitLt",), verified="CPU, GPU"),
+)

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch
 
+from .formats import Format, register
 from .stored import StoredWeight
 from .through import read_through
 
@@ -89,3 +90,16 @@ class ClosedWeight(StoredWeight):
         layer = self.layer
         held = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
         return {name: tensor for name, tensor in held.items() if name != "bias"}
+
+
+register(
+    Format(
+        "gptqmodel's other backends",
+        ClosedWeight,
+        (
+            "gptqmodel.nn_modules.qlinear.paroquant.ParoLinear",  # rotates its input, unlike the layer it derives from
+            "gptqmodel.nn_modules.qlinear.BaseQuantLinear",
+        ),
+        remark="Marlin, Machete, ExLlama and others, in a layout of their own: read through their product",
+    )
+)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .base import overwrite
+from .formats import Format, register
 from .stored import MaybePlainWeight
 
 _STORED = ("weight_packed", "weight")
@@ -205,3 +206,15 @@ def _new_scales(dense: torch.Tensor, args: Any) -> dict[str, torch.Tensor]:
         found["weight_global_scale"] = generate_gparam(low.amin(), high.amax())
     scale, zero = calculate_qparams(low, high, args, global_scale=found.get("weight_global_scale"))
     return {**found, "weight_scale": scale, "weight_zero_point": zero}
+
+
+register(
+    Format(
+        "compressed-tensors",
+        CompressedTensorsWeight,
+        tells=is_compressed_tensors,
+        verified="CPU",
+        remark="integers, float8, NVFP4, MXFP4/6/8; packed, or rounded in each forward pass; once unpacked it is a plain "
+        "weight",
+    )
+)

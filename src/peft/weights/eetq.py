@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .formats import Format, register
 from .stored import StoredWeight
 from .through import read_through
 
@@ -67,3 +68,13 @@ class EetqWeight(StoredWeight):
         if hasattr(home, "w8_a16_gemm"):
             return home
         return home.eetq_kernels_hub
+
+
+register(
+    Format(
+        "EETQ",
+        EetqWeight,
+        ("transformers.integrations.eetq.EetqLinear", "eetq.modules.qlinear.EETQLinear"),
+        remark="read through its product",
+    )
+)

@@ -1,83 +1,40 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Which storage format a layer's weight is in, told by the names of its classes, so that a quantiser is imported only
-when one of its layers is met."""
+"""What reads a layer's weight: one of the registered formats, or the plain one in the layer's orientation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from .aqlm import AqlmWeight
-from .awq import AwqWeight
 from .base import BaseWeight
-from .bnb import ShardedWeight4bit, Weight4bit, Weight8bit
-from .closed import ClosedWeight
-from .compressed import CompressedTensorsWeight, is_compressed_tensors
-from .eetq import EetqWeight
-from .fp8 import Float8Weight
-from .gptq import GptqWeight
-from .hqq import HqqWeight
-from .inc import IncWeight
+from .formats import names_of, reader_of, reader_of_plain
 from .offloaded import OffloadedWeight, offload_hook
 from .plain import PlainWeight
 from .sharded import ShardedWeight, innermost, shards_of
-from .te import TeWeight
-from .torchao import TorchaoWeight, is_torchao_tensor
 
-_Maker = Callable[[nn.Module, bool], BaseWeight]
-
-_BY_NAME: dict[str, _Maker] = {
-    "bitsandbytes.nn.modules.Linear4bit": lambda layer, fan_in_fan_out: Weight4bit(layer),
-    "bitsandbytes.nn.modules.Linear8bitLt": lambda layer, fan_in_fan_out: Weight8bit(layer),
-    "hqq.core.quantize.HQQLinear": lambda layer, fan_in_fan_out: HqqWeight(layer),
-    "gptqmodel.nn_modules.qlinear.torch.TorchLinear": lambda layer, fan_in_fan_out: GptqWeight(layer),
-    "gptqmodel.nn_modules.qlinear.torch_awq.AwqTorchLinear": lambda layer, fan_in_fan_out: AwqWeight(layer),
-    "gptqmodel.nn_modules.qlinear.gemm_awq.AwqGEMMLinear": lambda layer, fan_in_fan_out: AwqWeight(layer),
-    "gptqmodel.nn_modules.qlinear.gemm_awq_triton.AwqGEMMTritonLinear": lambda layer, fan_in_fan_out: AwqWeight(layer),
-    # It rotates its input, unlike the layer that it derives from.
-    "gptqmodel.nn_modules.qlinear.paroquant.ParoLinear": lambda layer, fan_in_fan_out: ClosedWeight(layer),
-    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": lambda layer, fan_in_fan_out: ClosedWeight(layer),
-    "awq.modules.linear.gemm.WQLinear_GEMM": lambda layer, fan_in_fan_out: AwqWeight(layer),
-    "aqlm.inference.QuantizedLinear": lambda layer, fan_in_fan_out: AqlmWeight(layer),
-    "transformers.integrations.eetq.EetqLinear": lambda layer, fan_in_fan_out: EetqWeight(layer),
-    "eetq.modules.qlinear.EETQLinear": lambda layer, fan_in_fan_out: EetqWeight(layer),
-    "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules.PatchedLinear": (
-        lambda layer, fan_in_fan_out: IncWeight(layer)
-    ),
-    "transformer_engine.pytorch.module.linear.Linear": lambda layer, fan_in_fan_out: TeWeight(layer),
-    "transformers.pytorch_utils.Conv1D": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
-    "torch.nn.modules.sparse.Embedding": lambda layer, fan_in_fan_out: PlainWeight(layer, transposed=True),
-    "transformers.integrations.finegrained_fp8.FP8Linear": lambda layer, fan_in_fan_out: Float8Weight(layer),
-    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": (
-        lambda layer, fan_in_fan_out: Float8Weight(layer)
-    ),
-    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": lambda layer, fan_in_fan_out: Float8Weight(layer),
-    "torch.nn.modules.linear.Linear": PlainWeight,
-    "torch.nn.modules.conv.Conv1d": lambda layer, fan_in_fan_out: PlainWeight(layer),
-    "torch.nn.modules.conv.Conv2d": lambda layer, fan_in_fan_out: PlainWeight(layer),
-    "torch.nn.modules.conv.Conv3d": lambda layer, fan_in_fan_out: PlainWeight(layer),
+# Whether a plain weight is stored [in, out], whatever `fan_in_fan_out` says.
+_TRANSPOSED = {
+    "transformers.pytorch_utils.Conv1D": True,
+    "torch.nn.modules.sparse.Embedding": True,
+    "torch.nn.modules.conv.Conv1d": False,
+    "torch.nn.modules.conv.Conv2d": False,
+    "torch.nn.modules.conv.Conv3d": False,
 }
-_NOT_A_MATRIX = {
-    # The first dimension is the input, and groups do not flatten: no matrix [out, in] is a view of it.
-    "torch.nn.modules.conv._ConvTransposeNd": "the weight of a transposed convolution",
-    "transformers.integrations.finegrained_fp8.FP8GroupedLinear": "a stack of matrices, one a group of the input",
-}
+# The first dimension is the input, and groups do not flatten: no matrix [out, in] is a view of it.
+_NOT_A_MATRIX = "torch.nn.modules.conv._ConvTransposeNd"
 
-_makers: WeakKeyDictionary[type, _Maker] = WeakKeyDictionary()
+_transposed: WeakKeyDictionary[type, bool | None] = WeakKeyDictionary()
 
 
 def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
     """The weight of a base layer, whatever format it is stored in.
 
-    Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, HQQ's `HQQLinear`, gptqmodel's linear layers, autoawq's for GEMM, those of AQLM, EETQ, Intel Neural
-    Compressor and Transformer Engine, transformers' float8 ones, and their subclasses, and `nn.Linear` with a tensor of
-    torchao's classes or a scheme of compressed-tensors. Any other module with a floating `weight` of two or more
-    dimensions counts as plain, with the output features first. A plain
-    weight that accelerate offloaded is read by `OffloadedWeight`, one that is sharded now by `ShardedWeight`.
+    Known are `nn.Linear`, transformers' `Conv1D`, `nn.Conv1d/2d/3d`, `nn.Embedding`, the layers of the registered formats
+    (`peft.weights.formats.FORMATS`), and their subclasses. Any other module with a floating `weight` of two or more
+    dimensions counts as plain, with the output features first. A plain weight that accelerate offloaded is read by
+    `OffloadedWeight`, one that is sharded now by `ShardedWeight`.
 
     Args:
         layer: The base layer itself, not the adapter layer around it; it may be in FSDP's wrapper.
@@ -88,44 +45,40 @@ def find_weight(layer: nn.Module, fan_in_fan_out: bool = False) -> BaseWeight:
         TypeError: The layer has no weight that can be read as a matrix, or keeps it in a format that is not supported.
     """
     inner = innermost(layer)
-    kind = type(inner)
-    maker = _makers.get(kind)
-    if maker is None:
-        maker = _makers[kind] = _choose(kind)
     shards = shards_of(layer)
+    weight = _weight_of(inner, fan_in_fan_out, shards is not None)
     if shards is not None:
-        plain = maker(inner, fan_in_fan_out)
-        # Until it is quantised a bitsandbytes layer holds a plain weight.
-        packed = isinstance(plain, Weight4bit) and getattr(inner, "quant_state", None) is not None
-        return (ShardedWeight4bit if packed else ShardedWeight)(layer, plain, shards)
-    if maker is PlainWeight:
-        if is_torchao_tensor(getattr(inner, "weight", None)):
-            return TorchaoWeight(inner)
-        if is_compressed_tensors(inner):
-            return CompressedTensorsWeight(inner)
-        _check_plain(inner)
-    weight = maker(inner, fan_in_fan_out)
+        return (weight.reader_of_shards() or ShardedWeight)(layer, weight, shards)
     if type(weight) is PlainWeight and inner.weight.is_meta:
         hook = offload_hook(inner)
         return weight if hook is None else OffloadedWeight(weight, hook)
     return weight
 
 
-def is_a(layer: nn.Module, name: str) -> bool:
-    """Whether a layer is of the class of this qualified name, or of one derived from it; nothing is imported."""
-    return name in _names(type(layer))
+def _weight_of(layer: nn.Module, fan_in_fan_out: bool, sharded: bool) -> BaseWeight:
+    reader = reader_of(layer)
+    if reader is not None:
+        return reader(layer)
+    kind = type(layer)
+    if kind not in _transposed:
+        _transposed[kind] = _is_transposed(kind)
+    transposed = _transposed[kind]
+    if transposed is None and not sharded:
+        reader = reader_of_plain(layer)
+        if reader is not None:
+            return reader(layer)
+        _check_plain(layer)
+    return PlainWeight(layer, fan_in_fan_out if transposed is None else transposed)
 
 
-def _names(kind: type) -> list[str]:
-    return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
-
-
-def _choose(kind: type) -> _Maker:
-    names = _names(kind)
-    for name in names:
-        if name in _NOT_A_MATRIX:
-            raise TypeError(f"{kind.__name__}: {_NOT_A_MATRIX[name]} cannot be read as a matrix [out, in]")
-    return next((_BY_NAME[name] for name in names if name in _BY_NAME), PlainWeight)
+def _is_transposed(kind: type) -> bool | None:
+    """How a class stores its plain weight; None where `fan_in_fan_out` says it."""
+    names = names_of(kind)
+    if _NOT_A_MATRIX in names:
+        raise TypeError(
+            f"{kind.__name__}: the weight of a transposed convolution cannot be read as a matrix [out, in]"
+        )
+    return next((_TRANSPOSED[name] for name in names if name in _TRANSPOSED), None)
 
 
 def _check_plain(layer: nn.Module) -> None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .formats import Format, is_a, register
 from .stored import MaybePlainWeight
+
+_BY_BLOCK = "transformers.integrations.finegrained_fp8"
 
 
 class Float8Weight(MaybePlainWeight):
@@ -17,13 +20,18 @@ class Float8Weight(MaybePlainWeight):
     powers of two (UE8M0); the others as `weight_scale`, one number a row.
 
     Raises:
-        TypeError: The layer keeps FP4 codes in its bytes.
+        TypeError: The layer keeps FP4 codes in its bytes, or a stack of matrices.
     """
 
     format = "float8"
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
+        if is_a(layer, f"{_BY_BLOCK}.FP8GroupedLinear"):
+            raise TypeError(
+                f"{type(layer).__name__}: a stack of matrices, one a group of the input, cannot be read as a matrix "
+                "[out, in]"
+            )
         if not layer.weight.is_floating_point():
             raise TypeError(
                 f"{type(layer).__name__} keeps its weight as FP4 codes in {layer.weight.dtype}, a format that has no reader "
@@ -104,3 +112,21 @@ class Float8Weight(MaybePlainWeight):
         """How many blocks there are, down and across."""
         (out, features), (height, width) = self.shape, self._block
         return -(-out // height), -(-features // width)
+
+
+register(
+    Format(
+        "compressed-tensors float8 in transformers",
+        Float8Weight,
+        ("transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear",),
+        verified="CPU",
+    ),
+    Format(
+        "transformers' float8 (`FP8Linear`)",
+        Float8Weight,
+        (f"{_BY_BLOCK}.FP8Linear",),
+        verified="CPU, but for the kernel",
+        remark="scales by block or tensor, float32 or UE8M0",
+    ),
+    Format("FBGEMM float8 in transformers", Float8Weight, ("transformers.integrations.fbgemm_fp8.FbgemmFp8Linear",)),
+)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .base import Packed, bears, stamp, untouched
+from .formats import Format, register
 from .stored import StoredWeight
 from .words import BLOCK, nearest, pack, unpack, unpack_columns
 
@@ -212,3 +213,14 @@ class GptqWeight(WordsWeight):
                 planar_pack_cols(wide[1], self.bits, pack_dtype=dtype),
             )
         return pack(codes, self.bits, dtype), pack(zeros.T, self.bits, dtype).T
+
+
+register(
+    Format(
+        "GPTQ",
+        GptqWeight,
+        ("gptqmodel.nn_modules.qlinear.torch.TorchLinear",),
+        verified="CPU",
+        remark="gptqmodel's backends with the common layout",
+    )
+)

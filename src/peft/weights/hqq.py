@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .base import Packed, untouched
+from .formats import Format, register
 from .stored import StoredWeight
 
 _CLASS = "hqq.core.quantize", "HQQLinear"
@@ -209,3 +210,14 @@ class HqqWeight(StoredWeight):
                 piece = (piece >> planes.shift(plane)) & ((1 << planes.bits) - 1)
             yield lo, hi, piece.to(self.dtype)
             lo = hi
+
+
+register(
+    Format(
+        "HQQ",
+        HqqWeight,
+        (".".join(_CLASS),),
+        verified="CPU",
+        remark="the norm by rows where groups end within one",
+    )
+)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .formats import Format, register
 from .stored import MaybePlainWeight
 
 
@@ -125,3 +126,14 @@ class IncWeight(MaybePlainWeight):
     def _scales(self) -> torch.Tensor:
         """[1] or [out], float32."""
         return torch.as_tensor(self._scale, device=self.device).detach().float().reshape(-1)
+
+
+register(
+    Format(
+        "Intel Neural Compressor float8",
+        IncWeight,
+        ("neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules.PatchedLinear",),
+        verified="CPU",
+        remark="the mode with `use_qdq`; Gaudi's keeps the same tensors",
+    )
+)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .base import writing
+from .formats import Format, register
 from .stored import MaybePlainWeight
 
 _PARTS = ("_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv")
@@ -69,3 +70,13 @@ class TeWeight(MaybePlainWeight):
         """The names of the tensors that a float8 weight is made of."""
         held = {name: getattr(self.layer.weight, name, None) for name in _PARTS}
         return [name for name, part in held.items() if isinstance(part, torch.Tensor)]
+
+
+register(
+    Format(
+        "Transformer Engine",
+        TeWeight,
+        ("transformer_engine.pytorch.module.linear.Linear",),
+        remark="a float8 weight is made dense as a whole; a plain one is read by rows",
+    )
+)

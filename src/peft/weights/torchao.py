@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base import overwrite, untouched
+from .formats import Format, register
 from .stored import StoredWeight
 from .through import read_through
 
@@ -236,3 +237,26 @@ _REQUANTISE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "Int4TilePackedTo4dTensor": _int4,
     "Int4OpaqueTensor": _int4,
 }
+
+
+_ROWS = (
+    ("int8", "Int8Tensor", "CPU", "weight-only, by row, group or tensor, and with dynamic activations"),
+    ("float8", "Float8Tensor", "CPU", "weight-only on a CPU; with dynamic activations on a GPU alone"),
+    ("intx (1 to 8 bits)", "IntxUnpackedToInt8Tensor", "CPU", "weight-only and with dynamic int8 activations"),
+    ("int4 for CPUs", "Int4OpaqueTensor", "CPU", "read through its product"),
+    ("int4 for GPUs, tiled", "Int4TilePackedTo4dTensor", "", "read through its product"),
+    ("int4 for GPUs, plain", "Int4Tensor", "", "read through its product"),
+)
+register(
+    *(
+        Format(
+            f"torchao {name}",
+            TorchaoWeight,
+            tells=lambda layer: is_torchao_tensor(getattr(layer, "weight", None)),
+            tensor=tensor,
+            verified=verified,
+            remark=remark,
+        )
+        for name, tensor, verified, remark in _ROWS
+    )
+)

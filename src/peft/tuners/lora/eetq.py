@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peft.engine.layer import BaseTunerLayer
-from peft.weights.find import is_a
+from peft.weights import is_a
 
 from .layer.linear import LoraLinearBase
 

@@ -206,8 +206,7 @@ class LoraModel(BaseTuner):
         raise ValueError(
             f"{kwargs.get('target_name', 'The target')} is a {type(base).__name__}, which LoRA cannot adapt. It adapts "
             "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D "
-            "and the linear layers of bitsandbytes, HQQ, GPTQ, AWQ, AQLM, EETQ, torchao, Intel Neural Compressor and "
-            "Transformer Engine: name such modules in target_modules."
+            "and the linear layers of the storage formats in peft.weights.FORMATS: name such modules in target_modules."
         )
 
     # ---- new adapters from others ----------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from peft.engine.layer import BaseTunerLayer
-from peft.weights import find_weight
-from peft.weights.find import is_a
+from peft.weights import find_weight, is_a
 
 from .layer.linear import LoraLinearBase
 

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from peft.engine.layer import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.constants import ALLOWED_COMPUTE_DTYPES
 from peft.utils.other import transpose
+from peft.weights import reader_of
 
 from .attention import MultiheadAttention
 from .base import VARIANT_KWARG_KEYS, LoraLayer
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 def dispatch_default(
     target: nn.Module, adapter_name: str, config: LoraConfig, parameter_name: str | None = None, **kwargs: Any
 ) -> nn.Module | None:
-    """A LoRA layer around one of PyTorch's own layers or transformers' `Conv1D`; None for any other.
+    """A LoRA layer around one of PyTorch's own layers, transformers' `Conv1D` or a linear layer in a storage format that
+    has no LoRA class of its own; None for any other.
 
     Args:
         target: Layer to adapt, possibly one that another tuner wraps already.
@@ -48,7 +50,7 @@ def dispatch_default(
     ):
         if isinstance(base, base_class):
             return layer_class(target, adapter_name, config=config, **kwargs)
-    if isinstance(base, (nn.Linear, Conv1D)):
+    if isinstance(base, (nn.Linear, Conv1D)) or reader_of(base) is not None:
         transposed = isinstance(base, Conv1D)
         if config.fan_in_fan_out != transposed:
             warnings.warn(
