@@ -103,8 +103,8 @@ def logits_around_writes(model: nn.Module, held: Iterable[tuple[str, torch.Tenso
     return logits
 
 
-def logits_around_writes_alone() -> list[torch.Tensor]:
-    model = adapted()
+def logits_around_writes_alone(base: nn.Module | None = None) -> list[torch.Tensor]:
+    model = adapted(base)
     logits = logits_around_writes(model, model.named_parameters())
     assert all((after - before).abs().max() > 1e-2 for before, after in itertools.pairwise(logits))
     return logits
