@@ -87,6 +87,7 @@ def test_another_error_is_left_as_it_is():
         layer(torch.randn(2, 3, 6))
 
 
+@pytest.mark.works_with("torch", "shapes through models on the meta device")
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_shapes_go_through_a_model_on_meta(kind):
     model, x = adapted(**OPTIONS[kind]).to("meta"), X.to("meta")
@@ -99,6 +100,7 @@ def test_shapes_go_through_a_model_on_meta(kind):
     assert all(p.grad.shape == p.shape for name, p in model.named_parameters() if "lora_" in name)
 
 
+@pytest.mark.works_with("torch", "`FakeTensorMode`")
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_shapes_go_through_a_model_of_fake_tensors(kind):
     model = adapted(**OPTIONS[kind])
