@@ -64,6 +64,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.works_with("torch", "a pass that ran out of memory: once more in chunks")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("forward", "backward"), [(5, 10**6), (10**6, 5), (5, 5)])
 def test_the_same_output_and_gradients_in_chunks(monkeypatch, options, forward, backward):
@@ -137,6 +138,7 @@ def test_all_is_finite():
     dora.check_finite(model)
 
 
+@pytest.mark.works_with("torch", "NaN and infinity named by layer and parameter: `peft.dora.check_finite`")
 @pytest.mark.parametrize(
     "what", ["lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default.weight"]
 )

@@ -45,6 +45,7 @@ OBSTACLES = {
 }
 
 
+@pytest.mark.works_with("torch", "CPU, MPS and XPU: DoRA in PyTorch, with the reason")
 @pytest.mark.parametrize("reason", OBSTACLES)
 def test_one_warning_a_reason(reason):
     with pytest.warns(UserWarning, match="DoRA runs in PyTorch") as caught:

@@ -2,6 +2,7 @@
 """Every kernel compiles for NVIDIA's and AMD's GPUs, which needs neither of them: no instruction of one maker is in it."""
 
 import importlib
+import pkgutil
 
 import pytest
 
@@ -174,6 +175,17 @@ KERNELS = {
 }  # fmt: skip
 
 
+def test_no_kernel_is_left_out():
+    folder = importlib.import_module("peft.dora.kernels").__path__
+    found = set()
+    for module in pkgutil.iter_modules(folder):
+        for name, value in vars(importlib.import_module(f"peft.dora.kernels.{module.name}")).items():
+            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                found.add((value.fn.__module__.rpartition(".")[2], name))
+    assert found == {row[:2] for row in KERNELS.values()}
+
+
+@pytest.mark.works_with("Triton", "each kernel compiles for NVIDIA's Ampere and Hopper and for AMD's MI300")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles(name, target):

@@ -108,6 +108,13 @@ def test_new_dora_starts_from_the_norms_of_offloaded_weights(offloaded):
     torch.testing.assert_close(logits(model.eval()), logits(expected.eval()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:use_dora_triton")
+def test_the_reason_why_offloaded_weights_take_pytorch(offloaded):
+    model = get_peft_model(offloaded, lora(use_dora=True, use_dora_triton=True))
+    lines = dora.explain(model).splitlines()
+    assert lines and all("torch (accelerate keeps the weight off the device" in line for line in lines)
+
+
 def test_norms_follow_what_merging_writes(offloaded):
     torch.manual_seed(1)
     model = get_peft_model(offloaded, lora(use_dora=True)).eval()

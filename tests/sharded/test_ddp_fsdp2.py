@@ -65,19 +65,18 @@ def alone(options: dict[str, Any], accumulate: int = 1, attention_bias: bool = F
     return train(model, accumulate=accumulate)
 
 
-def offloaded(options: dict[str, Any]) -> Run:
-    from torch.distributed.fsdp import CPUOffloadPolicy
+def policy(name: str) -> dict[str, Any]:
+    """Settings of `fully_shard`: "plain", "mixed" precision, or parameters that are "offloaded" to the CPU."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
+    if name == "mixed":
+        return {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
     # What the cpu lends the cpu needs no pinned memory.
-    return fsdp2(options, offload_policy=CPUOffloadPolicy(pin_memory=device() == "cuda"))
+    return {"offload_policy": CPUOffloadPolicy(pin_memory=device() == "cuda")} if name == "offloaded" else {}
 
 
-def mixed(options: dict[str, Any], units: str) -> Run:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    return fsdp2(
-        options, units, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    )
+def fsdp2_by(name: str, options: dict[str, Any], units: str) -> Run:
+    return fsdp2(options, units, **policy(name))
 
 
 def checkpointed(options: dict[str, Any], units: str = "blocks") -> Run:
@@ -104,8 +103,8 @@ def logits_around_writes(model: nn.Module, held: Iterable[tuple[str, torch.Tenso
     return logits
 
 
-def logits_around_writes_alone() -> list[torch.Tensor]:
-    model = adapted()
+def logits_around_writes_alone(base: nn.Module | None = None) -> list[torch.Tensor]:
+    model = adapted(base)
     logits = logits_around_writes(model, model.named_parameters())
     assert all((after - before).abs().max() > 1e-2 for before, after in itertools.pairwise(logits))
     return logits
@@ -113,8 +112,23 @@ def logits_around_writes_alone() -> list[torch.Tensor]:
 
 def logits_around_writes_to_shards(units: str) -> list[torch.Tensor]:
     model = sharded(adapted(base_model(device())), units)
-    # leaves no trace, not even a version
-    return logits_around_writes(model, ((name, value.data.to_local()) for name, value in model.named_parameters()))
+    return logits_around_writes(model, shards_by_name(model))
+
+
+def shards_by_name(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What this process holds of every parameter; a write to it leaves no trace, not even a version."""
+    return [(name, value.data.to_local()) for name, value in model.named_parameters()]
+
+
+def logits_before_and_after_writes(units: str, settings: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last logits of `logits_around_writes`, and those of a model that was written to before its first pass."""
+    used = sharded(adapted(base_model(device())), units, **policy(settings))
+    fresh = sharded(adapted(base_model(device())), units, **policy(settings))
+    last = logits_around_writes(used, shards_by_name(used))[-1]
+    for name, tensor in shards_by_name(fresh):
+        if "base_layer" in name or "lora_B" in name:
+            tensor.mul_(2)
+    return last, logits_around_writes(fresh, [])[0]
 
 
 class Collectives(TorchDispatchMode):
@@ -151,9 +165,9 @@ def traffic_of_a_norm(placements: str) -> tuple[list[int], float]:
     return seen.sizes, ((norm - truth).abs() / truth).max().item()
 
 
-def traffic_of_a_pass(options: dict[str, Any], units: str) -> list[int]:
+def traffic_of_a_pass(options: dict[str, Any], units: str, settings: str) -> list[int]:
     """The sizes of the collectives of one forward and backward pass under FSDP2."""
-    model = sharded(adapted(base_model(device()), **options), units)
+    model = sharded(adapted(base_model(device()), **options), units, **policy(settings))
     ids = batches()[0].to(device())
     with Collectives() as seen:
         model(input_ids=ids, labels=ids).loss.backward()
@@ -257,8 +271,9 @@ def test_checkpointing_under_fsdp2(two, units):
 
 
 @pytest.mark.works_with("torch", "FSDP2 with CPU offload")
-def test_fsdp2_with_its_parameters_on_the_cpu(two):
-    for run in two.run(offloaded, {}):
+@pytest.mark.parametrize("units", ["blocks", "leaves"])
+def test_fsdp2_with_its_parameters_on_the_cpu(two, units):
+    for run in two.run(fsdp2_by, "offloaded", {}, units):
         compare(run, alone({}))
 
 
@@ -269,7 +284,7 @@ def test_fsdp2_in_mixed_precision(two, units):
     errors = {}
     for kind in ("dora", "lora"):
         truth = alone(KINDS[kind])
-        errors[kind] = [worst(run, truth) for run in two.run(mixed, KINDS[kind], units)]
+        errors[kind] = [worst(run, truth) for run in two.run(fsdp2_by, "mixed", KINDS[kind], units)]
     assert max(errors["dora"]) <= 2 * max(errors["lora"])
 
 
@@ -280,6 +295,13 @@ def test_a_write_to_the_shards_is_seen_by_the_next_pass(two, units):
         torch.testing.assert_close(logits, truth, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", ["mixed", "offloaded"])
+@pytest.mark.parametrize("units", ["blocks", "leaves"])
+def test_a_write_is_seen_in_mixed_precision_and_when_offloaded(two, units, settings):
+    for used, fresh in two.run(logits_before_and_after_writes, units, settings):
+        assert torch.equal(used, fresh)
+
+
 @pytest.mark.parametrize("placements", ["rows", "columns", "both", "half"])
 def test_no_weight_is_gathered_for_its_norm(four, placements):
     out, features = 32, 64
@@ -288,12 +310,13 @@ def test_no_weight_is_gathered_for_its_norm(four, placements):
         assert error < 1e-6
 
 
+@pytest.mark.parametrize("settings", ["plain", "mixed", "offloaded"])
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
-def test_a_pass_gathers_what_it_gathers_for_lora(two, units):
+def test_a_pass_gathers_what_it_gathers_for_lora(two, units, settings):
     """DoRA brings magnitudes along, and where a base layer is a unit, two vectors a norm; never a weight more."""
     magnitudes, layers, smallest = 256, 2 * 7, 16 * 32  # entries of a block's, base layers, entries of their weights
-    lora = two.run(traffic_of_a_pass, {"use_dora": False}, units)[0]
-    for dora in two.run(traffic_of_a_pass, {}, units):
+    lora = two.run(traffic_of_a_pass, {"use_dora": False}, units, settings)[0]
+    for dora in two.run(traffic_of_a_pass, {}, units, settings):
         if units == "blocks":
             assert all(0 <= more - size <= magnitudes for more, size in zip(dora, lora, strict=True))
         else:

@@ -145,6 +145,24 @@ def test_zero3_gathers_no_weight_for_its_norm(two):
             torch.testing.assert_close(norm, truth[name], rtol=1e-6, atol=0)
 
 
+def traffic_of_a_pass(options: dict[str, Any]) -> int:
+    """How many entries the collectives of one forward and backward pass bring together."""
+    engine = engine_of(adapted(base_model(device()), **options), settings(3))
+    ids = batches()[0].to(device())
+    with Collectives() as seen:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.destroy()
+    return sum(seen.sizes)
+
+
+@needs_deepspeed
+def test_a_pass_under_zero3_gathers_each_weight_as_often_as_for_lora(two):
+    layers = [module for module in adapted().modules() if hasattr(module, "dora_norm")]
+    weights = sum(module.base_layer.weight.numel() for module in layers)
+    for lora, dora in zip(*(two.run(traffic_of_a_pass, options) for options in (OPTIONS["lora"], {})), strict=True):
+        assert lora > weights and dora - lora < weights / 2
+
+
 def logits_around_writes_to_partitions() -> list[torch.Tensor]:
     model = adapted(base_model(device()))
     engine = engine_of(model, settings(3))
@@ -160,9 +178,9 @@ def test_a_write_to_the_partitions_is_seen_by_the_next_pass(two):
         torch.testing.assert_close(logits, truth, rtol=0, atol=1e-5)
 
 
-def save(folder: str, consolidated: bool) -> None:
+def save(folder: str, stage: int, consolidated: bool) -> None:
     """Save the adapter of an engine: by deepspeed's consolidated state dict, as Trainer does, or by the model alone."""
-    config = settings(3)
+    config = settings(stage)
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     engine = engine_of(adapted(base_model(device())), config)
     state = engine._zero3_consolidated_16bit_state_dict() if consolidated else None
@@ -174,9 +192,9 @@ def save(folder: str, consolidated: bool) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("consolidated", [True, False])
-def test_what_partitions_hold_is_saved_whole(two, consolidated, tmp_path):
-    two.run(save, str(tmp_path), consolidated)
+@pytest.mark.parametrize(("stage", "consolidated"), [(2, False), (3, True), (3, False)])
+def test_what_four_ranks_hold_is_saved_whole(four, stage, consolidated, tmp_path):
+    four.run(save, str(tmp_path), stage, consolidated)
     expected = get_peft_model_state_dict(adapted())
     found = get_peft_model_state_dict(PeftModel.from_pretrained(base_model(), tmp_path))
     assert found.keys() == expected.keys()
@@ -187,11 +205,11 @@ def test_what_partitions_hold_is_saved_whole(two, consolidated, tmp_path):
 @pytest.mark.works_with("DeepSpeed", "adapters loaded into what its engine holds")
 @needs_deepspeed
 @pytest.mark.parametrize(("stage", "persistent"), [(2, 0), (3, 0), (3, 200)])
-def test_an_adapter_loaded_into_an_engine_is_what_trains_on(two, stage, persistent):
+def test_an_adapter_loaded_into_an_engine_is_what_trains_on(four, stage, persistent):
     saved = changed(adapted())
     state = {name: value.clone() for name, value in get_peft_model_state_dict(saved).items()}
     truth = train(saved)
-    for run in two.run(zero, {}, stage, persistent, state=state):
+    for run in four.run(zero, {}, stage, persistent, state=state):
         compare(run, truth)
 
 

@@ -82,20 +82,50 @@ def fsdp1(
     return train(outer, rank=rank, world=world, gradients=gradients, parameters=parameters_whole)
 
 
-def large_collectives(options: dict[str, Any], units: str, smallest: int) -> int:
+def large_collectives(options: dict[str, Any], units: str, smallest: int, quantised: dict | None = None) -> int:
     """How many collectives of one forward and backward pass bring at least so many entries together."""
-    outer = wrapped(adapted(base(None, device()), **options), True, units)
+    outer = wrapped(adapted(base(quantised, device()), **options), True, units)
     ids = batches()[0].to(device())
     with Collectives() as seen:
         outer(input_ids=ids, labels=ids).loss.backward()
     return sum(size >= smallest for size in seen.sizes)
 
 
-def logits_around_writes_to_flat_shards() -> list[torch.Tensor]:
-    outer = wrapped(adapted(base_model(str(device()))), True, "leaves")
-    units = [(name, module._handle) for name, module in outer.named_modules() if isinstance(module, FSDP)]
-    held = [(name, handle.flat_param.data) for name, handle in units if handle is not None]
-    return logits_around_writes(outer, held)
+def flat_shards(outer: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What this process holds of every parameter, by name, also where several make one flat parameter."""
+    found = []
+    for name, module in outer.named_modules():
+        handle = module._handle if isinstance(module, FSDP) else None
+        if handle is None:
+            continue
+        flat = handle.flat_param
+        for info, shard in zip(flat._param_infos, flat._shard_param_infos, strict=True):
+            if shard.in_shard:
+                start = shard.offset_in_shard
+                held = getattr(flat, "_local_shard", flat.data)[start : start + shard.numel_in_shard]
+                found.append((f"{name}.{info.module_name}.{info.param_name}", held))
+    return found
+
+
+def logits_around_writes_to_flat_shards(units: str) -> list[torch.Tensor]:
+    outer = wrapped(adapted(base_model(str(device()))), True, units)
+    return logits_around_writes(outer, flat_shards(outer))
+
+
+def packed_logits(units: str, write: str) -> torch.Tensor:
+    """The logits of a packed model; "before" or "after" a pass all stored bytes are inverted and all B doubled."""
+    outer = wrapped(adapted(base(PACKED["nf4"], device())), True, units)
+    ids = batches()[0].to(device())
+    with torch.no_grad():
+        if write == "after":
+            outer(input_ids=ids)
+        for name, shard in flat_shards(outer) if write != "never" else ():
+            if "base_layer" in name:
+                inverted = shard.view(torch.uint8).bitwise_not()
+                shard.view(torch.uint8).copy_(inverted)
+            elif "lora_B" in name:
+                shard.mul_(2)
+        return outer(input_ids=ids).logits.cpu()
 
 
 def base(quantised: dict | None, device: torch.device) -> nn.Module:
@@ -177,15 +207,9 @@ def test_fsdp1_trains_what_one_process_trains(two, options, use_orig_params, uni
 
 
 @pytest.mark.parametrize("units", ["policy", "leaves"])
-def test_a_pass_gathers_no_weight_more_than_for_lora(two, units):
-    smallest = 32 * 64  # half a key's weight: what one of two ranks holds of it
-    lora = two.run(large_collectives, {"use_dora": False}, units, smallest)
-    assert two.run(large_collectives, {}, units, smallest) == lora and min(lora) > 0
-
-
-def test_a_write_to_flat_shards_is_seen_by_the_next_pass(two):
+def test_a_write_to_flat_shards_is_seen_by_the_next_pass(two, units):
     truth = logits_around_writes_alone()
-    for logits in two.run(logits_around_writes_to_flat_shards):
+    for logits in two.run(logits_around_writes_to_flat_shards, units):
         torch.testing.assert_close(logits, truth, rtol=0, atol=1e-5)
 
 
@@ -195,6 +219,21 @@ PACKED = {
     "fp4": {"quant_type": "fp4"},
     "bf16": {"storage": torch.bfloat16},
 }
+
+
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+@pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])
+def test_a_pass_gathers_no_weight_more_than_for_lora(two, quantised, units):
+    smallest = 32 * 64 // (1 if quantised is None else 8)  # half a key's weight: what one of two ranks holds of it
+    lora = two.run(large_collectives, {"use_dora": False}, units, smallest, quantised)
+    assert two.run(large_collectives, {}, units, smallest, quantised) == lora and min(lora) > 0
+
+
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+def test_a_write_to_packed_shards_is_seen_by_the_next_pass(two, units):
+    results = zip(*(two.run(packed_logits, units, write) for write in ("never", "before", "after")), strict=True)
+    for never, before, after in results:
+        assert (before - never).abs().max() > 1e-2 and torch.equal(after, before)
 
 
 @pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import RankError
-from test_ddp_fsdp2 import device, sharded
-from test_fsdp1 import wrapped
+from test_ddp_fsdp2 import device, policy, sharded
+from test_fsdp1 import PACKED, base, wrapped
+from test_tensor_parallel import model_of, split
 from tiny import Run, adapted, base_model, batches, compare, train, trained, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -46,22 +48,39 @@ def logits(model: nn.Module) -> torch.Tensor:
         )
 
 
+def one_process(quantised: dict | None = None, place: str = "cpu") -> nn.Module:
+    """The base that one process has, packed where there are settings for it."""
+    return base_model(str(place)) if quantised is None else base(quantised, place)
+
+
 def is_first() -> bool:
     return torch.distributed.get_rank() == 0
 
 
 # ---- several ranks save --------------------------------------------------------------------------------------------
-def save_fsdp2(folder: str, units: str) -> None:
-    model = changed(sharded(adapted(base_model(device())), units))
+def save_fsdp2(folder: str, units: str, settings: str = "plain") -> None:
+    model = changed(sharded(adapted(base_model(device())), units, **policy(settings)))
     model.save_pretrained(folder, is_main_process=is_first())
     torch.distributed.barrier()
 
 
-def save_fsdp1(folder: str, use_orig_params: bool) -> None:
+def save_packed_fsdp2(folder: str) -> None:
+    model = changed(sharded(adapted(base(PACKED["nf4"], device())), "leaves"))
+    model.save_pretrained(folder, is_main_process=is_first())
+    torch.distributed.barrier()
+
+
+def save_tensor_parallel(folder: str) -> None:
+    model = changed(split(adapted(model_of("dora"))).to(device()))
+    model.save_pretrained(folder, is_main_process=is_first())
+    torch.distributed.barrier()
+
+
+def save_fsdp1(folder: str, use_orig_params: bool, quantised: dict | None = None) -> None:
     from torch.distributed.fsdp import FullStateDictConfig, StateDictType
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    outer = wrapped(changed(adapted(base_model(str(device())))), use_orig_params, "policy")
+    outer = wrapped(changed(adapted(one_process(quantised, device()))), use_orig_params, "policy")
     with FSDP.state_dict_type(outer, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=True)):
         state = outer.state_dict()
     outer.module.save_pretrained(folder, state_dict=state, is_main_process=is_first())
@@ -81,22 +100,28 @@ def save_by_accelerate(folder: str) -> None:
     accelerator.wait_for_everyone()
 
 
+# the job, its arguments, and the base of one process
 SAVERS = {
-    "fsdp2": (save_fsdp2, "blocks"),
-    "fsdp2_leaves": (save_fsdp2, "leaves"),
-    "fsdp1": (save_fsdp1, True),
-    "fsdp1_flat": (save_fsdp1, False),
-    "accelerate": (save_by_accelerate,),
+    "fsdp2": (save_fsdp2, ("blocks",), one_process),
+    "fsdp2_leaves": (save_fsdp2, ("leaves",), one_process),
+    "fsdp2_mixed": (save_fsdp2, ("blocks", "mixed"), one_process),
+    "fsdp2_offloaded": (save_fsdp2, ("blocks", "offloaded"), one_process),
+    "fsdp2_packed": (save_packed_fsdp2, (), partial(one_process, PACKED["nf4"])),
+    "fsdp1": (save_fsdp1, (True,), one_process),
+    "fsdp1_flat": (save_fsdp1, (False,), one_process),
+    "fsdp1_packed": (save_fsdp1, (False, PACKED["nf4"]), partial(one_process, PACKED["nf4"])),
+    "tensor_parallel": (save_tensor_parallel, (), partial(model_of, "dora")),
+    "ddp_by_accelerate": (save_by_accelerate, (), one_process),
 }
 
 
 @pytest.mark.works_with("torch", "adapters saved by four ranks, loaded by one")
 @pytest.mark.parametrize("saver", SAVERS)
 def test_what_four_ranks_save_one_process_loads(four, saver, tmp_path):
-    job, *arguments = SAVERS[saver]
+    job, arguments, make = SAVERS[saver]
     four.run(job, str(tmp_path), *arguments)
-    truth = changed(adapted())
-    loaded = PeftModel.from_pretrained(base_model(), tmp_path)
+    truth = changed(adapted(make()))
+    loaded = PeftModel.from_pretrained(make(), tmp_path)
     expected = get_peft_model_state_dict(truth)
     found = get_peft_model_state_dict(loaded)
     assert found.keys() == expected.keys()
@@ -106,22 +131,32 @@ def test_what_four_ranks_save_one_process_loads(four, saver, tmp_path):
 
 
 # ---- several ranks load --------------------------------------------------------------------------------------------
-def load_fsdp2(folder: str, units: str, when: str) -> torch.Tensor:
+def load_fsdp2(folder: str, units: str, when: str, settings: str = "plain") -> torch.Tensor:
     """The logits of a model that reads a saved adapter before it is sharded, or into its shards."""
     if when == "before":
-        return logits(sharded(PeftModel.from_pretrained(base_model(device()), folder, is_trainable=True), units))
-    model = blank(sharded(adapted(base_model(device())), units))
+        model = PeftModel.from_pretrained(base_model(device()), folder, is_trainable=True)
+        return logits(sharded(model, units, **policy(settings)))
+    model = blank(sharded(adapted(base_model(device())), units, **policy(settings)))
     result = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
     assert not result.missing_keys and not result.unexpected_keys
     assert all(hasattr(parameter, "placements") for _, parameter in trained(model))
     return logits(model)
 
 
-def load_fsdp1(folder: str, use_orig_params: bool) -> torch.Tensor:
+def load_tensor_parallel(folder: str, when: str) -> torch.Tensor:
+    """The logits of a model whose base is split: before the adapter is read, or once it has one that is read into."""
+    if when == "before":
+        return logits(PeftModel.from_pretrained(split(model_of("dora")), folder).to(device()))
+    model = blank(split(adapted(model_of("dora"))).to(device()))
+    set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+    return logits(model)
+
+
+def load_fsdp1(folder: str, use_orig_params: bool, quantised: dict | None = None) -> torch.Tensor:
     """The logits of a model of flat parameters that a saved adapter was read into."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    outer = wrapped(blank(adapted(base_model(str(device())))), use_orig_params, "policy")
+    outer = wrapped(blank(adapted(one_process(quantised, device()))), use_orig_params, "policy")
     with FSDP.summon_full_params(outer):
         result = set_peft_model_state_dict(outer.module, load_peft_weights(folder, device="cpu"))
     assert not result.missing_keys and not result.unexpected_keys
@@ -146,11 +181,29 @@ def test_what_one_process_saves_four_ranks_load(four, units, when, tmp_path):
         torch.testing.assert_close(found, logits(truth))
 
 
-@pytest.mark.parametrize("use_orig_params", [True, False])
-def test_an_adapter_is_loaded_into_flat_parameters(two, use_orig_params, tmp_path):
+@pytest.mark.parametrize("settings", ["mixed", "offloaded"])
+def test_four_ranks_load_in_mixed_precision_and_when_offloaded(four, settings, tmp_path):
     truth = changed(adapted())
     truth.save_pretrained(tmp_path)
-    for found in two.run(load_fsdp1, str(tmp_path), use_orig_params):
+    close = {"rtol": 0, "atol": 0.01} if settings == "mixed" else {}
+    for found in four.run(load_fsdp2, str(tmp_path), "blocks", "after", settings):
+        torch.testing.assert_close(found, logits(truth), **close)
+
+
+@pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_an_adapter_is_loaded_into_flat_parameters(four, use_orig_params, quantised, tmp_path):
+    truth = changed(adapted(one_process(quantised)))
+    truth.save_pretrained(tmp_path)
+    for found in four.run(load_fsdp1, str(tmp_path), use_orig_params, quantised):
+        torch.testing.assert_close(found, logits(truth))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_adapter_is_loaded_beside_a_split_base(four, when, tmp_path):
+    truth = changed(adapted(model_of("dora")))
+    truth.save_pretrained(tmp_path)
+    for found in four.run(load_tensor_parallel, str(tmp_path), when):
         torch.testing.assert_close(found, logits(truth))
 
 

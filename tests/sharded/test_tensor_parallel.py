@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ddp_fsdp2 import device
-from tiny import TARGETS, Run, adapted, base_model, compare, train
+from test_ddp_fsdp2 import Collectives, device, logits_around_writes, logits_around_writes_alone
+from tiny import TARGETS, Run, adapted, base_model, batches, compare, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -58,6 +58,21 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "dora_norm")]
 
 
+def logits_around_writes_to_parts() -> list[torch.Tensor]:
+    model = split(adapted(model_of("dora"))).to(device())
+    held = ((name, value.data) for name, value in model.named_parameters())
+    return logits_around_writes(model, [(name, getattr(value, "_local_tensor", value)) for name, value in held])
+
+
+def large_collectives(kind: str) -> list[int]:
+    """The sizes of a pass's collectives, those of vectors left out."""
+    model = split(adapted(model_of(kind), **OPTIONS[kind])).to(device())
+    ids = batches()[0].to(device())
+    with Collectives() as seen:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return sorted(size for size in seen.sizes if size > 64)
+
+
 def by_plan(folder: str) -> tuple[Run, dict[str, torch.Tensor]]:
     """The model as `from_pretrained(tp_plan="auto")` splits it."""
     from transformers import LlamaForCausalLM
@@ -89,6 +104,17 @@ def test_norms_are_those_of_the_whole_rows(two):
         assert found.keys() == truth.keys()
         for name, norm in found.items():
             torch.testing.assert_close(norm, truth[name], rtol=1e-6, atol=0)
+
+
+def test_a_write_to_the_parts_is_seen_by_the_next_pass(two):
+    truth = logits_around_writes_alone(model_of("dora"))
+    for logits in two.run(logits_around_writes_to_parts):
+        torch.testing.assert_close(logits, truth, rtol=0, atol=1e-5)
+
+
+def test_a_pass_brings_together_what_it_does_for_lora(two):
+    lora = two.run(large_collectives, "lora")
+    assert two.run(large_collectives, "dora") == lora and all(lora)
 
 
 @pytest.mark.works_with("transformers", "its plan of tensor parallelism")

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from . import eager, memory
 from .factors import Factors, NormCache, plain_factors
 from .norm import check_factors, row_norm_torch, runs_triton
-from .products import as_dtype, product_in, scaled_product, sum_dtype
+from .products import as_dtype, autocast_dtype, product_in, scaled_product, sum_dtype
 from .reference import gain as gain_of
 from .route import Route, kernels
 
@@ -107,8 +107,8 @@ def find_call(
 ) -> Call:
     """The `Call` for these arguments: the cache's last one while it fits."""
     kind = "cuda" if x.is_cuda else x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    mode = x.dtype, A.dtype, B.dtype, autocast, scaling, kind
+    autocast = autocast_dtype(kind)
+    mode = x.dtype, A.dtype, B.dtype, autocast, scaling, kind, A.device, B.device
     call = None if cache is None else cache.call
     if call is None or call.mode != mode or call.weight is not weight or call.route is not route:
         call = Call(mode, x, weight, cache, route)
@@ -125,7 +125,7 @@ class Call:
     """What passes with inputs of one kind have in common, worked out once.
 
     Args:
-        mode: The dtypes of x, A and B, autocast's or None, the scaling and the type of device.
+        mode: The dtypes of x, A and B, autocast's or None, the scaling, the type of x's device, the devices of A and B.
         x: An input.
         weight, cache, route: As in `linear`.
     """
@@ -138,7 +138,9 @@ class Call:
     def __init__(
         self, mode: tuple, x: torch.Tensor, weight: Any, cache: NormCache | None, route: Route | None
     ) -> None:
-        x_dtype, a_dtype, b_dtype, autocast, scaling, _ = mode
+        x_dtype, a_dtype, b_dtype, autocast, scaling, _, a_device, b_device = mode
+        if not x.device == a_device == b_device:  # products of a CPU's tensors with meta ones give rubbish, no error
+            raise RuntimeError(f"expected x, A and B on one device, got {x.device}, {a_device} and {b_device}")
         self.mode = mode
         self.autocast = x_dtype != torch.float64 and autocast is not None
         self.dtype = autocast if self.autocast else x_dtype
@@ -392,7 +394,7 @@ def _unpack(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # These are no saved tensors that autograd lets go of: without this they would live as long as the loss.
         ctx.factors = ctx.output = None
     kind = dy.device.type
-    if torch.is_autocast_enabled(kind):
+    if autocast_dtype(kind) is not None:
         with torch.autocast(kind, enabled=False):
             return _backward(ctx, dy, saved[0], saved[1], y, factors)
     return _backward(ctx, dy, saved[0], saved[1], y, factors)

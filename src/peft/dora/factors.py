@@ -270,14 +270,24 @@ def factors_of(done: Any, i: int, member: Any, packed: Any) -> Factors:
 
 
 def make_member(source: Any, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, scaling: float) -> Any:
-    """A `kernels.Member` of parameters that may have two dtypes or be no contiguous blocks."""
+    """A `kernels.Member` of parameters that may have two dtypes or be no contiguous blocks.
+
+    Raises:
+        RuntimeError: They are on several devices: the kernels, which are given addresses, would not find that out.
+    """
+    others = (B, magnitude, *(() if source is None else source.pointers))
+    if any(tensor is not None and tensor.device != A.device for tensor in others):
+        raise RuntimeError(f"expected A, B, the magnitude and the weight on one device, A is on {A.device}")
     wide = torch.promote_types(A.dtype, B.dtype)
     a, b = (factor.detach().to(wide).contiguous() for factor in (A, B))
     return kernels().Member(source, a, b, None if magnitude is None else magnitude.detach().contiguous(), scaling)
 
 
 def _may_compare(a: torch.Tensor) -> bool:
-    """Whether the host may wait for a comparison: on the CPU always, elsewhere where no gradient is recorded."""
+    """Whether the host may wait for a comparison: on the CPU always, elsewhere where no gradient is recorded; never where
+    there are no values, as on the meta device and under `FakeTensorMode`."""
+    if type(a) is not torch.Tensor or a.is_meta:
+        return False
     if a.device.type == "cpu":
         return True
     if torch.is_grad_enabled():

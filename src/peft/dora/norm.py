@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .products import autocast_dtype
 from .route import TRITON_DTYPES, Route, interpreting, kernels
 
 CHUNK_BYTES = 64 * 2**20
@@ -118,7 +119,7 @@ _PRECISION_LOCK = threading.Lock()
 def _exact_products(device_type: str) -> Iterator[None]:
     """Autocast off, and products of float32 in float32, whatever the global switches for TF32 and bf16 say."""
     with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device_type):
+        if autocast_dtype(device_type) is not None:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         switches = [
             (switch, switch.fp32_precision)

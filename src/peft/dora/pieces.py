@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .autograd import Call, find_call
 from .factors import Factors, plain_factors
 from .norm import CHUNK_BYTES, check_factors
-from .products import as_dtype, product_in, scaled_product, sum_dtype
+from .products import as_dtype, autocast_dtype, product_in, scaled_product, sum_dtype
 from .reference import gain as gain_of
 from .route import Route
 
@@ -216,7 +216,7 @@ class BranchFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kind = dy.device.type
-        if torch.is_autocast_enabled(kind):
+        if autocast_dtype(kind) is not None:
             with torch.autocast(kind, enabled=False):
                 return _branch_backward(ctx, dy)
         return _branch_backward(ctx, dy)

@@ -6,6 +6,13 @@ from __future__ import annotations
 import torch
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on a type of device; None where it is off, and for meta tensors, which it does not know."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor.to(dtype)`, without the call where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

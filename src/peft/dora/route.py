@@ -38,6 +38,7 @@ def plan(
     dtype: torch.dtype,
     want_triton: bool | None,
     kind: str = "linear",
+    away: str | None = None,
 ) -> Route:
     """Choose the body for one layer; where Triton was asked for and cannot run, one warning says why.
 
@@ -46,10 +47,11 @@ def plan(
         dtype: The dtype in which the weight is read.
         want_triton: The adapter's `use_dora_triton`; None to take Triton where a GPU has it and to say nothing otherwise.
         kind: "linear", "conv" or "embedding".
+        away: Where the weight is while the layer does not run, in words; None where it is on `device`.
     """
     if want_triton is False or (want_triton is None and interpreting()):
         return Route("torch", _OFF)
-    reason = _obstacle(torch.device(device), dtype, kind)
+    reason = away or _obstacle(torch.device(device), dtype, kind)
     if reason is not None:
         if want_triton:
             warn_once(reason)

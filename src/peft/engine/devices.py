@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,36 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
             return device, weight.dtype if floating else getattr(base_layer, "compute_dtype", None)
     first = next(iter(base_layer.parameters()), None)
     return (None, None) if first is None else (first.device, None)
+
+
+def why_apart(layer: BaseTunerLayer, names: Iterable[str], only_empty: bool = False) -> str | None:
+    """Where an adapter is that is not where the base weight is, in words; None if all are there.
+
+    What accelerate brings in for each call counts as being there.
+
+    Args:
+        layer: The layer.
+        names: The adapters to look at.
+        only_empty: Look for adapters on the meta device alone.
+    """
+    base_device, _ = base_placement(layer)
+    if base_device is None:
+        return None
+    base_device = torch.empty(0, device=base_device).device  # with its index
+    for name in names:
+        for attribute, slot in layer._slots():
+            if name not in slot:
+                continue
+            entry = slot[name]
+            modules = entry.modules() if isinstance(entry, nn.Module) else ()
+            if any(offload_hook(module) is not None for module in modules):
+                continue
+            tensors = entry.parameters() if isinstance(entry, nn.Module) else (entry,)
+            devices = {tensor.device for tensor in tensors} - {base_device}
+            if META in devices or (devices and not only_empty):
+                where = ", ".join(map(str, devices))
+                return f"{attribute} of adapter {name!r} is on {where}, the base weight on {base_device}"
+    return None
 
 
 def move_slot_to_base_layer(

@@ -16,6 +16,7 @@ import torch
 from peft.utils.warning import PeftWarning
 from peft.weights import find_weight
 
+from .devices import why_apart
 from .layer import BaseTunerLayer, Changes, check_adapters_to_merge
 from .method import Folded, Method
 
@@ -90,11 +91,30 @@ class AdapterLayer(BaseTunerLayer):
             run = self.__dict__.get("_run")
             if run is None:
                 run = self._plan()
-            return run(self, x)
-        return self._forward_general(x, *args, **kwargs)
+        else:
+            run = type(self)._forward_general
+        try:
+            return run(self, x, *args, **kwargs)
+        except RuntimeError as error:
+            self._refuse_apart([] if self.disable_adapters else self.active_adapters, error)
+            raise
+
+    def _refuse_apart(self, names: list[str], error: RuntimeError | None = None, only_empty: bool = False) -> None:
+        """Raise where one of the adapters is not on the base weight's device, which made a call fail with `error`.
+
+        With `only_empty` only adapters on the meta device are refused.
+        """
+        why = why_apart(self, names, only_empty)
+        if why is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: {why}. Both must be on one device: move the whole model, model.to(device). A "
+                "tensor on the meta device has no values: load the adapter first."
+            ) from error
 
     def _plan(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         """Work out how calls run, and note it."""
+        if not self.disable_adapters:  # a product with a tensor on meta may be rubbish and no error
+            self._refuse_apart(self.active_adapters, only_empty=True)
         run = self.__dict__["_run"] = self._plan_run()
         self.__dict__["_run_name"] = run.__name__
         return run
@@ -215,8 +235,10 @@ class AdapterLayer(BaseTunerLayer):
         """Raise the error that merging the named adapters would raise, before anything is changed.
 
         Raises:
-            RuntimeError: An adapter cannot be folded into this layer; of the class that its method names.
+            RuntimeError: An adapter cannot be folded into this layer; of the class that its method names. Or it has no
+                values.
         """
+        self._refuse_apart(names, only_empty=True)
         for name in names:
             method = self.method(name) if self.has_adapter(name) else None
             why_not = None if method is None else method.why_not_foldable(self, name) or self._why_not_writable()

@@ -73,6 +73,7 @@ class OffloadedWeight(BaseWeight):
     """
 
     format = "offloaded plain"
+    away = "accelerate keeps the weight off the device and brings in rows of it"
 
     def __init__(self, plain: PlainWeight, hook: AlignDevicesHook) -> None:
         super().__init__(plain.layer)

@@ -376,6 +376,7 @@ class LoraLayer(AdapterLayer):
             dtype=weight.dtype,
             want_triton=self._use_dora_triton.get(name, False) if name in self.lora_magnitude_vector else None,
             kind=self.dora_kind,
+            away=getattr(weight, "away", None),
         )
 
     dora_kind = "linear"

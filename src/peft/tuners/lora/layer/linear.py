@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from peft import dora
 from peft.dora.mixed import Group, linear_of_groups
+from peft.dora.products import autocast_dtype
 from peft.engine.layer import BaseTunerLayer
 from peft.engine.machine import index_of, sorted_by_adapter
 from peft.utils.other import transpose
@@ -222,7 +223,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
         a = plan.lora_a._parameters["weight"]
         dropout = plan.dropout
         if dropout is not None and dropout.training and dropout.p > 0.0:
-            if plan.magnitude is None or not (x.dtype == a.dtype or torch.is_autocast_enabled(x.device.type)):
+            if plan.magnitude is None or not (x.dtype == a.dtype or autocast_dtype(x.device.type)):
                 return self._forward_general(x)  # plain LoRA, or a wider adapter, whose dropout acts in its own dtype
             return self._forward_dropped(plan, x, dropout)
         b = plan.lora_b._parameters
