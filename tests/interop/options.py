@@ -58,6 +58,8 @@ class TwoInGroups(nn.Module):
 class Experts(nn.Module):
     """A module whose weights are bare parameters of two and three dimensions."""
 
+    is_transposed = False
+
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Parameter(torch.randn(3, 12, 8) / 3)
@@ -72,12 +74,26 @@ class Experts(nn.Module):
 class Mixture(nn.Module):
     """Experts between two linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: type[Experts] = Experts) -> None:
         super().__init__()
-        self.first, self.experts, self.last = nn.Linear(64, 8), Experts(), nn.Linear(10, 5)
+        self.first, self.experts, self.last = nn.Linear(64, 8), experts(), nn.Linear(10, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.experts(self.first(x)))
+
+
+class TransposedExperts(Experts):
+    """The same with stacks `[experts, in, out]`, which transformers' experts say by this attribute."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(p.detach().mT.contiguous()) for p in (self.up, self.down))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(torch.einsum("...i,eio->...eo", x, self.up))
+        return torch.einsum("...ei,eio->...o", hidden, self.down) @ self.mix.t()
 
 
 class Attention(nn.Module):
@@ -92,6 +108,14 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+def _gpt_oss() -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads))
+
+
 def _embedded() -> nn.Module:
     return nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 12))
 
@@ -104,9 +128,11 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "convolved": lambda: nn.Sequential(nn.Unflatten(-1, (4, 4, 4)), nn.Conv2d(4, 6, 3)),
     "embedded": _embedded,
     "mixture": Mixture,
+    "mixture-transposed": lambda: Mixture(TransposedExperts),
     "attention": Attention,
     "llama": models.BASES["llama"],
     "llama-tied": models.BASES["llama-tied"],
+    "gpt-oss": _gpt_oss,
 }
 
 
@@ -116,7 +142,7 @@ def base_and_input(name: str) -> tuple[nn.Module, torch.Tensor]:
     base = BASES[name]().eval()
     if name.endswith("nf4"):
         base = base.to("cpu")  # which is when bitsandbytes quantises
-    if name.startswith(("llama", "embedded")):
+    if name.startswith(("llama", "embedded", "gpt-oss")):
         return base, _IDS
     shape = (6, 64) if name == "convolved" else (2, 5, 64)
     return base, torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -369,6 +395,13 @@ TARGETS: dict[str, Option] = {
     ),
     "parameters-random": Option(
         "mixture", {"target_modules": [], "target_parameters": ["experts.down"], "init_lora_weights": False}
+    ),
+    "parameters-transposed": Option(
+        "mixture-transposed",
+        {"target_modules": [], "target_parameters": ["experts.up", "experts.down", "experts.mix"], "r": 3},
+    ),
+    "parameters-gpt-oss": Option(
+        "gpt-oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     ),
     "attention": Option("attention", {"target_modules": ["attention"]}, **_TWICE),
     "attention-and-head": Option("attention", {"target_modules": ["attention", "head"], "use_rslora": True}, **_TWICE),
