@@ -156,3 +156,23 @@ def experts_from_a_state_dict() -> float:
     peft.set_peft_model_state_dict(other, saved)
     with evaluated(model), evaluated(other):
         return (model(x) - other(x)).abs().max().item()
+
+
+@recipe
+def experts_of_an_older_file() -> float:
+    """How far adapters of stacked experts are from what they were, A and B stored as releases 0.17 to 0.19.0 did."""
+    where = {"target_modules": [], "target_parameters": ["experts.up", "experts.down"]}
+    model, x = _of_base("mixture", **where)
+    state = peft.get_peft_model_state_dict(model)
+    n = len(model.base_model.model.experts.get_param())
+    for key in [key for key in state if "lora_A" in key]:
+        other = key.replace("lora_A", "lora_B")
+        a, b = state[key].unflatten(0, (n, -1)), state[other].unflatten(1, (-1, n))
+        state[key] = b.permute(2, 1, 0).flatten(0, 1).contiguous()
+        state[other] = a.permute(2, 1, 0).flatten(1, 2).contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        save_file(state, Path(folder, "adapter_model.safetensors"))
+        loaded = peft.PeftModel.from_pretrained(base_and_input("mixture")[0], folder)
+    with evaluated(model), evaluated(loaded):
+        return (model(x) - loaded(x)).abs().max().item()

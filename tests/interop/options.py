@@ -1,10 +1,11 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Every option of `LoraConfig` that changes what an adapter is: the base it goes on, its config, what comes before."""
+"""Every option of `LoraConfig` that changes what an adapter is: one row each, from which those on NF4 bases and those under
+DoRA are made, or that says why there is none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import models
@@ -58,6 +59,8 @@ class TwoInGroups(nn.Module):
 class Experts(nn.Module):
     """A module whose weights are bare parameters of two and three dimensions."""
 
+    is_transposed = False
+
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Parameter(torch.randn(3, 12, 8) / 3)
@@ -72,12 +75,26 @@ class Experts(nn.Module):
 class Mixture(nn.Module):
     """Experts between two linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: type[Experts] = Experts) -> None:
         super().__init__()
-        self.first, self.experts, self.last = nn.Linear(64, 8), Experts(), nn.Linear(10, 5)
+        self.first, self.experts, self.last = nn.Linear(64, 8), experts(), nn.Linear(10, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.experts(self.first(x)))
+
+
+class TransposedExperts(Experts):
+    """The same with stacks `[experts, in, out]`, which transformers' experts say by this attribute."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(p.detach().mT.contiguous()) for p in (self.up, self.down))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(torch.einsum("...i,eio->...eo", x, self.up))
+        return torch.einsum("...ei,eio->...o", hidden, self.down) @ self.mix.t()
 
 
 class Attention(nn.Module):
@@ -92,6 +109,31 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+def _llama_nf4(tied: bool = False) -> nn.Module:
+    """A Llama whose decoder layers are in 4 bits, as transformers loads it; of sizes that are multiples of a block."""
+    import bitsandbytes as bnb
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=models.VOCAB, tie_word_embeddings=tied, **sizes))
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in [(n, m) for n, m in block.named_children() if isinstance(m, nn.Linear)]:
+                held = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+                held.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+                setattr(block, name, held)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def _gpt_oss() -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads))
+
+
 def _embedded() -> nn.Module:
     return nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 12))
 
@@ -104,9 +146,24 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "convolved": lambda: nn.Sequential(nn.Unflatten(-1, (4, 4, 4)), nn.Conv2d(4, 6, 3)),
     "embedded": _embedded,
     "mixture": Mixture,
+    "mixture-transposed": lambda: Mixture(TransposedExperts),
     "attention": Attention,
     "llama": models.BASES["llama"],
+    "llama-nf4": _llama_nf4,
     "llama-tied": models.BASES["llama-tied"],
+    "llama-tied-nf4": lambda: _llama_nf4(tied=True),
+    "gpt-oss": _gpt_oss,
+}
+# Why options on these have no row on NF4: bitsandbytes holds the weights of linear layers in 4 bits and no others.
+NO_NF4 = {
+    "two-gptq": "its layers are in another format",
+    "two-conv1d": "transformers' Conv1D is no linear layer",
+    "convolved": "a convolution is no linear layer",
+    "embedded": "an embedding is no linear layer",
+    "mixture": "bare parameters are no linear layers",
+    "mixture-transposed": "bare parameters are no linear layers",
+    "gpt-oss": "bare parameters are no linear layers",
+    "attention": "an attention reads the weights of its projections itself",
 }
 
 
@@ -116,7 +173,7 @@ def base_and_input(name: str) -> tuple[nn.Module, torch.Tensor]:
     base = BASES[name]().eval()
     if name.endswith("nf4"):
         base = base.to("cpu")  # which is when bitsandbytes quantises
-    if name.startswith(("llama", "embedded")):
+    if name.startswith(("llama", "embedded", "gpt-oss")):
         return base, _IDS
     shape = (6, 64) if name == "convolved" else (2, 5, 64)
     return base, torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -163,11 +220,14 @@ class Option:
             iteration or a decomposition of something ill-conditioned; factors alone differ by 100 times as much.
         low_cpu_mem: Whether loading onto meta starts from the same numbers.
         merges: Whether the adapter can be merged.
-        refused: Name of the error that both sides raise when the adapter is made.
-        there: Name of the error that upstream alone raises.
+        refused: Name of the error that both sides raise when the adapter is made, several joined by `|`.
+        there: Name of the error that upstream alone raises, several joined by `|`.
         trains_there: Whether upstream's adapter can be trained on a CPU after its start.
         wrong: Parts of the results that upstream gets wrong, each with a test in test_faults.py.
         merges_there: Whether upstream's adapter can be merged; it can be here.
+        less_there: Whether upstream leaves an option out without a word: it has other parameters.
+        nf4: What is different on the base's NF4 form.
+        dora: What is different with DoRA on top; None for no such row.
     """
 
     base: str
@@ -184,6 +244,9 @@ class Option:
     trains_there: bool = True
     wrong: tuple[str, ...] = ()
     merges_there: bool = True
+    less_there: bool = False
+    nf4: dict[str, Any] = field(default_factory=dict)
+    dora: dict[str, Any] | None = None
 
     @property
     def package(self) -> str | None:
@@ -201,109 +264,148 @@ class Option:
         return LoraConfig(**{**defaults, **self.options})
 
 
-def _two(_base: str = "two", _facts: dict[str, Any] | None = None, **options: Any) -> Option:
+def _two(_facts: dict[str, Any] | None = None, _base: str = "two", **options: Any) -> Option:
     return Option(_base, {"target_modules": ["first", "second"], **options}, **(_facts or {}))
 
 
-def _each_base(name: str, there: str = "", _facts: dict[str, Any] | None = None, **options: Any) -> dict[str, Option]:
-    """An option on plain layers, and on NF4 layers, where upstream may refuse it."""
-    facts = _facts or {}
-    quantised = {**facts, "there": there} if there else facts
-    return {name: _two("two", facts, **options), f"{name}-nf4": _two("two-nf4", quantised, **options)}
+def _with_dora(rows: dict[str, Option]) -> dict[str, Option]:
+    """The rows, and those with DoRA."""
+    more = {
+        f"{name}-dora": replace(
+            row, options={**row.options, "use_dora": True}, dora=None,
+            **{**row.dora, "nf4": {**row.nf4, **row.dora.get("nf4", {})}},
+        )
+        for name, row in rows.items()
+        if row.dora is not None
+    }  # fmt: skip
+    return {**rows, **more}
+
+
+def _with_nf4(rows: dict[str, Option]) -> dict[str, Option]:
+    """The rows, and those on the NF4 form of their base."""
+    more = {
+        f"{name}-nf4": replace(row, base=f"{row.base}-nf4", nf4={}, **row.nf4)
+        for name, row in rows.items()
+        if row.base not in NO_NF4
+    }
+    return {**rows, **more}
 
 
 _BD = {"target_modules_bd_a": ["first"], "target_modules_bd_b": ["second"], "nblocks": 2}
 _TOKENS = [1, 5, 30]
-_SIGNS: dict[str, Any] = {"signs": True}
-_EVA: dict[str, Any] = {"signs": True, "after": _eva, "room": 0.0005}
-_CORDA: dict[str, Any] = {"signs": True, "before": _corda, "room": 0.002}
-_GA: dict[str, Any] = {"signs": True, "before": _lora_ga, "room": 1e-5, "low_cpu_mem": False}
+_SIGNS: dict[str, Any] = {"signs": True, "dora": {}}
+_EVA: dict[str, Any] = {**_SIGNS, "after": _eva, "room": 0.0005, "nf4": {"trains_there": False}}
+_CORDA: dict[str, Any] = {**_SIGNS, "before": _corda, "room": 0.002, "nf4": {"there": "RuntimeError"}}
+_GA: dict[str, Any] = {
+    **_SIGNS, "before": _lora_ga, "room": 1e-5, "low_cpu_mem": False, "nf4": {"refused": "ValueError"},
+}  # fmt: skip
 # The release adds the update of the out-projection twice, and draws its start twice.
 _TWICE: dict[str, Any] = {"drawn": True, "wrong": ("y", "grads", "eval", "merged", "unmerged", "unloaded")}
 # Its get_delta_weight of a block-diagonal factor has another shape than the weight, or raises.
-_SHAPELESS: dict[str, Any] = {"wrong": ("products",)}
+_SHAPELESS: dict[str, Any] = {"wrong": ("products",), "nf4": {"less_there": True}}
 # Its layers of GPTQ neither merge nor tell their update.
 _IN_GROUPS_THERE: dict[str, Any] = {"merges_there": False, "wrong": ("products",)}
 # It writes the name of the embedding that the named layer is tied to.
 _RENAMED: dict[str, Any] = {"wrong": ("modules_to_save",)}
+# Both refuse it, over one argument or another.
+_EITHER: dict[str, Any] = {"nf4": {"refused": "TypeError|ValueError"}}
+_UNREAD: dict[str, Any] = {"nf4": {"there": "TypeError"}, "dora": {}}  # its start cannot read a packed weight
+_DREW: dict[str, Any] = {"drawn": True, "dora": {}}
 STARTS: dict[str, Option] = {
-    **_each_base("pissa", "TypeError", _SIGNS, init_lora_weights="pissa"),
-    "pissa-niter": _two("two", {"drawn": True}, init_lora_weights="pissa_niter_4"),
-    **_each_base("olora", "", _SIGNS, init_lora_weights="olora"),
-    **_each_base("orthogonal", "RuntimeError", {"drawn": True}, init_lora_weights="orthogonal"),
-    **_each_base("mica", "TypeError", _SIGNS, init_lora_weights="mica"),
-    **_each_base("random", init_lora_weights=False),
-    **_each_base("gaussian", init_lora_weights="gaussian"),
-    "pissa-rslora": _two("two", _SIGNS, init_lora_weights="pissa", use_rslora=True),
-    "pissa-dora": _two("two", _SIGNS, init_lora_weights="pissa", use_dora=True),
-    "olora-dora": _two("two", _SIGNS, init_lora_weights="olora", use_dora=True),
-    "orthogonal-odd": _two("two", {"refused": "ValueError"}, init_lora_weights="orthogonal", r=3),
-    "mica-dora": _two("two", {"refused": "ValueError"}, init_lora_weights="mica", use_dora=True),
-    "eva": _two("two", _EVA, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)),
-    "eva-nf4": _two(
-        "two-nf4", {**_EVA, "trains_there": False}, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)
+    "pissa": _two({**_SIGNS, **_UNREAD}, init_lora_weights="pissa"),
+    "pissa-niter": _two({**_UNREAD, **_DREW}, init_lora_weights="pissa_niter_4"),
+    "pissa-rslora": _two({**_SIGNS, **_UNREAD}, init_lora_weights="pissa", use_rslora=True),
+    "olora": _two({**_SIGNS, "dora": {}}, init_lora_weights="olora"),
+    "orthogonal": _two({**_DREW, "nf4": {"there": "RuntimeError"}}, init_lora_weights="orthogonal"),
+    "orthogonal-odd": _two({"refused": "ValueError"}, init_lora_weights="orthogonal", r=3),
+    "mica": _two(
+        {**_SIGNS, "nf4": {"there": "TypeError"}, "dora": {"refused": "ValueError", **_EITHER}},
+        init_lora_weights="mica",
     ),
-    "eva-rho1": _two("two", _EVA, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0)),
+    "random": _two({"dora": {}}, init_lora_weights=False),
+    "gaussian": _two({"dora": {}}, init_lora_weights="gaussian"),
+    # the release runs LoftQ on CUDA alone, and with scipy
+    "loftq": _two(
+        {"drawn": True, "low_cpu_mem": False, "there": "AssertionError|ImportError|RuntimeError", "dora": {}},
+        init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4, loftq_iter=1),
+    ),
+    "eva": _two(_EVA, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0)),
+    "eva-rho1": _two(_EVA, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0)),
     "eva-whiten": _two(
-        "two", _EVA, init_lora_weights="eva",
+        _EVA, init_lora_weights="eva",
         eva_config=peft.EvaConfig(rho=1.0, whiten=True, adjust_scaling_factors=False),
     ),
     **{
-        f"corda-{method}": _two(
-            "two", _CORDA, init_lora_weights="corda", corda_config=CordaConfig(corda_method=method)
-        )
+        f"corda-{method}": _two(_CORDA, init_lora_weights="corda", corda_config=CordaConfig(corda_method=method))
         for method in ("ipm", "kpm")
     },
     **{
         f"loraga-{direction}-{scale}": _two(
-            "two", {**_GA, "drawn": scale == "weight_svd"}, init_lora_weights="lora_ga",
+            {**_GA, "drawn": scale == "weight_svd"}, init_lora_weights="lora_ga",
             lora_ga_config=peft.LoraGAConfig(direction=direction, scale=scale),
         )
         for direction, scale in (
             ("ArBr", "stable"), ("A2rBr", "unit"), ("ArB2r", "gd_scale"), ("ArB2r", "weight_svd"),
         )
     },
-    "gaussian-embedding": Option("embedded", {"target_modules": ["0", "1"], "init_lora_weights": "gaussian"}),
+    "gaussian-embedding": Option(
+        "embedded", {"target_modules": ["0", "1"], "init_lora_weights": "gaussian"}, dora={}
+    ),
     "mica-embedding": Option("embedded", {"target_modules": ["0"], "init_lora_weights": "mica"}, signs=True),
     "pissa-conv1d": Option(
-        "two-conv1d", {"target_modules": ["1"], "fan_in_fan_out": True, "init_lora_weights": "pissa"}, signs=True
+        "two-conv1d", {"target_modules": ["1"], "fan_in_fan_out": True, "init_lora_weights": "pissa"}, signs=True,
+        dora={},
     ),
 }  # fmt: skip
 VARIANTS: dict[str, Option] = {
-    **_each_base("rslora", use_rslora=True),
-    **_each_base("patterns", rank_pattern={"first": 2}, alpha_pattern={"second": 11}),
-    **_each_base("bias-lora-only", bias="lora_only"),
-    **_each_base("dropout", lora_dropout=0.3),
-    "lora-bias": _two(target_modules=["first"], lora_bias=True, init_lora_weights=False),
-    "lora-bias-nf4": _two("two-nf4", {"wrong": ("merged",)}, target_modules=["first"], lora_bias=True),
-    "conv-lora-bias": Option("convolved", {"target_modules": ["1"], "lora_bias": True}),
-    "kasa": _two(kasa_config=peft.KasaConfig(beta=0.1, gamma=0.2)),
-    "bdlora": _two("two", _SHAPELESS, use_bdlora=peft.BdLoraConfig(**_BD)),
-    "bdlora-loose": _two(
-        "two", _SHAPELESS, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["second"], nblocks=4, match_strict=False)
+    "rslora": _two({"dora": {}}, use_rslora=True),
+    "patterns": _two({"dora": {}}, rank_pattern={"first": 2}, alpha_pattern={"second": 11}),
+    "bias-lora-only": _two({"dora": {}}, bias="lora_only"),
+    "bias-all": _two({"dora": {}}, target_modules=["second"], bias="all"),
+    "dropout": _two({"dora": {}}, lora_dropout=0.3),
+    "one-layer": _two({"dora": {}}, target_modules="all-linear", exclude_modules=["second"]),
+    "module-saved": _two({"dora": {}, "nf4": {"refused": "RuntimeError|TypeError"}}, target_modules=["first"], modules_to_save=["second"]),
+    "lora-bias": _two(
+        {"nf4": {"wrong": ("merged",)}, "dora": {"there": "ValueError"}},
+        target_modules=["first"], lora_bias=True, init_lora_weights=False,
     ),
-    "bdlora-strict": _two("two", {"refused": "ValueError"}, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["first"])),
+    "conv-lora-bias": Option("convolved", {"target_modules": ["1"], "lora_bias": True}, dora={"there": "ValueError"}),
+    "kasa": _two({"nf4": {"less_there": True}}, kasa_config=peft.KasaConfig(beta=0.1, gamma=0.2)),
+    "monteclora": _two(
+        {"drawn": True, "low_cpu_mem": False, "nf4": {"less_there": True}},
+        monteclora_config=peft.MontecloraConfig(num_samples=4, buffer_size=2),
+    ),
+    "bdlora": _two(_SHAPELESS, use_bdlora=peft.BdLoraConfig(**_BD)),
+    "bdlora-loose": _two(
+        _SHAPELESS, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["second"], nblocks=4, match_strict=False)
+    ),
+    "bdlora-strict": _two({"refused": "ValueError", "nf4": {"less_there": True}}, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["first"])),
     **{
-        f"velora-{start}": _two(velora_config=peft.VeloraConfig(num_groups=8, init_type=start, scale=0.5))
+        f"velora-{start}": _two(
+            {"nf4": {"there": "ValueError"}},
+            velora_config=peft.VeloraConfig(num_groups=8, init_type=start, scale=0.5),
+        )
         for start in ("batch_average", "batch_average_once", "random")
     },
-    "velora-nf4": _two("two-nf4", {"there": "ValueError"}, velora_config=peft.VeloraConfig(num_groups=8)),
     **{
-        f"qalora-{name}": _two("two-gptq", _IN_GROUPS_THERE, target_modules=["first"], use_qalora=True, **options)
+        f"qalora-{name}": _two(_IN_GROUPS_THERE, "two-gptq", target_modules=["first"], use_qalora=True, **options)
         for name, options in (
             ("16", {}), ("32", {"qalora_group_size": 32}), ("dropout", {"qalora_group_size": 8, "lora_dropout": 0.3}),
         )
     },
     "qalora-odd": _two(
-        "two-gptq", {"refused": "ValueError"}, target_modules=["first"], use_qalora=True, qalora_group_size=13
+        {"refused": "ValueError"}, "two-gptq", target_modules=["first"], use_qalora=True, qalora_group_size=13
     ),
-    "gptq": _two("two-gptq", _IN_GROUPS_THERE),
+    "gptq": _two(_IN_GROUPS_THERE, "two-gptq"),
     "qalora-plain": _two(use_qalora=True),
-    "alora": Option("llama", {"alora_invocation_tokens": [9, 1]}, merges=False),
+    "alora": Option(
+        "llama", {"alora_invocation_tokens": [9, 1]}, merges=False,
+        dora={"there": "ValueError", "nf4": {"there": "", "less_there": True}},
+    ),
     "alora-absent": Option("llama", {"alora_invocation_tokens": [17]}, merges=False),
 }  # fmt: skip
 REFUSED: dict[str, Option] = {
-    f"refused-{name}-{value}": _two("two", {"refused": error}, **{name: value})
+    f"refused-{name}-{value}": _two({"refused": error, **(_EITHER if "niter" in str(value) else {})}, **{name: value})
     for name, value, error in (
         ("r", 0, "ValueError"), ("r", -1, "ValueError"), ("r", 2.5, "TypeError"), ("lora_dropout", 2.0, "ValueError"),
         ("lora_dropout", "much", "TypeError"), ("bias", "some", "NotImplementedError"),
@@ -317,15 +419,18 @@ _TIED: dict[str, Any] = {
     "wrong": ("counts", "parameters", "grads", "merged", "unmerged", "unloaded", "target_modules"),
 }
 TARGETS: dict[str, Option] = {
-    "replication": Option("llama", {"layer_replication": [(0, 2), (1, 3)]}, **_SHARED),
-    "replication-dora": Option("llama", {"layer_replication": [(0, 2), (0, 3)], "use_dora": True}, **_SHARED),
-    "tokens": Option("llama", {"trainable_token_indices": _TOKENS}),
+    "layers": Option("llama", {"layers_to_transform": [0, 2], "layers_pattern": "layers"}, dora={}),
+    # with DoRA its repeated 4-bit layers no longer share their weights
+    "replication": Option(
+        "llama", {"layer_replication": [(0, 2), (1, 3)]}, **_SHARED,
+        dora={"nf4": {"wrong": (*_SHARED["wrong"], "counts")}},
+    ),  # fmt: skip
+    "tokens": Option("llama", {"trainable_token_indices": _TOKENS}, dora={}),
     "tokens-named": Option("llama", {"trainable_token_indices": {"embed_tokens": _TOKENS}}),
     "tokens-alone": Option(
         "llama", {"target_modules": [], "trainable_token_indices": _TOKENS}, there="NoMatchingPeftModuleError"
     ),
-    "tokens-tied": Option("llama-tied", {"trainable_token_indices": _TOKENS}),
-    "tokens-tied-dora": Option("llama-tied", {"trainable_token_indices": _TOKENS, "use_dora": True}),
+    "tokens-tied": Option("llama-tied", {"trainable_token_indices": _TOKENS}, dora={}),
     "tokens-both": Option("llama", {"trainable_token_indices": {"embed_tokens": _TOKENS, "lm_head": [2]}}),
     "tied-saved": Option(
         "llama-tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, **_RENAMED
@@ -334,29 +439,25 @@ TARGETS: dict[str, Option] = {
         "llama-tied", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, **_RENAMED
     ),
     **{
-        f"tied-saved-{saved}-other-adapted{'-tied' * tied}{'-dora' * dora}": Option(
+        f"tied-saved-{saved}-other-adapted{'-tied' * tied}": Option(
             "llama-tied",
-            {
-                "target_modules": ["q_proj", target], "modules_to_save": [saved], "ensure_weight_tying": tied,
-                "use_dora": dora,
-            },
+            {"target_modules": ["q_proj", target], "modules_to_save": [saved], "ensure_weight_tying": tied},
             refused="TypeError" if tied and saved == "embed_tokens" else "",
+            dora={},
             **(_RENAMED if tied else {}),
         )
         for saved, target in (("embed_tokens", "lm_head"), ("lm_head", "embed_tokens"))
         for tied in (False, True)
-        for dora in (False, True)
     },
     **{
-        f"tied-adapted-{name}{'-dora' * dora}": Option(
-            "llama-tied",
-            {"target_modules": ["q_proj", name], "ensure_weight_tying": True, "use_dora": dora},
-            **_TIED,
+        f"tied-adapted-{name}": Option(
+            "llama-tied", {"target_modules": ["q_proj", name], "ensure_weight_tying": True}, dora={}, **_TIED
         )
         for name in ("embed_tokens", "lm_head")
-        for dora in (False, True)
     },
-    "parameters": Option("mixture", {"target_modules": [], "target_parameters": ["experts.up"]}),
+    "parameters": Option(
+        "mixture", {"target_modules": [], "target_parameters": ["experts.up"]}, dora={"there": "ValueError"}
+    ),
     "parameters-all": Option(
         "mixture", {"target_modules": ["last"], "target_parameters": ["experts.up", "experts.down", "experts.mix"]}
     ),
@@ -370,7 +471,14 @@ TARGETS: dict[str, Option] = {
     "parameters-random": Option(
         "mixture", {"target_modules": [], "target_parameters": ["experts.down"], "init_lora_weights": False}
     ),
+    "parameters-transposed": Option(
+        "mixture-transposed",
+        {"target_modules": [], "target_parameters": ["experts.up", "experts.down", "experts.mix"], "r": 3},
+    ),
+    "parameters-gpt-oss": Option(
+        "gpt-oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    ),
     "attention": Option("attention", {"target_modules": ["attention"]}, **_TWICE),
     "attention-and-head": Option("attention", {"target_modules": ["attention", "head"], "use_rslora": True}, **_TWICE),
 }  # fmt: skip
-OPTIONS: dict[str, Option] = {**STARTS, **VARIANTS, **REFUSED, **TARGETS}
+OPTIONS: dict[str, Option] = _with_nf4(_with_dora({**STARTS, **VARIANTS, **REFUSED, **TARGETS}))

@@ -125,6 +125,7 @@ FAULTS = (
     Fault("kasa_on_four_bits", _is_true),
     Fault("embedding_by_lorafa", _is_true),
     Fault("biases_of_an_old_file", _is_small),
+    Fault("experts_of_an_older_file", _is_small, "RuntimeError"),
     Fault("experts_from_a_state_dict", _is_small, "ValueError"),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
     Fault("offloaded", _is_true, "AssertionError|RuntimeError"),

@@ -313,3 +313,38 @@ def test_a_batch_mixes_alora_with_dora_and_plain_dora():
     model.set_adapter("second")
     second = model(input_ids=IDS[1:]).logits
     torch.testing.assert_close(both, torch.cat([first, second]), **EXACT)
+
+
+class TransposedExperts(Experts):
+    """The same with its stack `[experts, in, out]`."""
+
+    is_transposed = True
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(self.up.detach().mT.contiguous())
+
+    def forward(self, x):
+        weights = torch.softmax(x @ self.gate.t(), -1)
+        return sum(weights[..., e : e + 1] * (x @ self.up[e]) for e in range(3))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_transposed_stack_has_the_adapter_and_the_gains_of_the_stack_itself(use_dora):
+    plain = tuned("experts", use_dora=use_dora)
+    torch.manual_seed(0)
+    model = get_peft_model(Net(TransposedExperts()).double(), options("experts", use_dora=use_dora))
+    fill(model)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    expected = {key: p for key, p in plain.named_parameters() if p.requires_grad}
+    assert {key: p.shape for key, p in trained.items()} == {key: p.shape for key, p in expected.items()}
+    y = plain(X)
+    torch.testing.assert_close(model(X), y, **EXACT)
+    grads = torch.autograd.grad(y.square().sum(), list(expected.values()))
+    for key, grad in zip(expected, grads, strict=True):
+        (found,) = torch.autograd.grad(model(X).square().sum(), [trained[key]])
+        torch.testing.assert_close(found, grad, **EXACT)
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), y, **EXACT)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X), y, **EXACT)

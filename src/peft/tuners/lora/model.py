@@ -26,7 +26,7 @@ from peft.utils.seams import public
 
 from . import aqlm, awq, bnb, eetq, gptq, hqq, inc, layer, te, tied, torchao, tp_layer, weighted
 from .config import LoraConfig
-from .parameters import find_parameters, inject_parameters
+from .parameters import find_parameters, in_todays_layout, inject_parameters
 from .split_factors import add_lora_tp_hooks_dtensor, get_tp_plan_and_mesh
 from .variants.alora import alora_offsets_hooks, get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from .variants.kasa import kasa_loss
@@ -270,6 +270,13 @@ class LoraModel(BaseTuner):
         return weighted.subtract_initial(output_state_dict, initial)
 
     # ---- files -----------------------------------------------------------------------------------------------------
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = in_todays_layout(model, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         key = super()._remove_adapter_name_from_key(key, adapter_name)

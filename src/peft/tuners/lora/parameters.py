@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from peft.engine.layer import BaseTunerLayer
@@ -97,3 +98,28 @@ def _adapt(
     if adapter_name not in tuner.active_adapters:
         new.requires_grad_(False)  # an added adapter is not trained before it is activated
     tuner._replace_module(parent, child, new, outer)
+
+
+def in_todays_layout(model: nn.Module, adapter_name: str, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A saved adapter with the factors of stacked experts as they are stored now.
+
+    Releases 0.17 to 0.19.0 took every stack for `[experts, in, out]`. Where the module stores `[experts, out, in]`, A and B
+    have each other's features there, which their shapes tell unless all experts' matrices are square.
+
+    Args:
+        model: Model that carries the adapter.
+        adapter_name: Its name in the model.
+        saved: Tensors by saved name.
+    """
+    pairs = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, ParamWrapper) and layer.has_adapter(adapter_name) and layer.is_stack_of_rows:
+            names = tuple(f"{path}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+            if all(name in saved and saved[name].dim() == 2 for name in names):
+                pairs[names] = layer
+    if not any(layer.is_other_way_round(*(saved[name] for name in names)) for names, layer in pairs.items()):
+        return saved
+    turned = dict(saved)
+    for (a, b), layer in pairs.items():
+        turned[a], turned[b] = layer.turn_round(saved[a], saved[b])
+    return turned

@@ -221,11 +221,8 @@ class LoraConfig(PeftConfig):
             raise ValueError(
                 f"lora_bias=True needs init_lora_weights=True or False, got {init!r}: other starts know nothing of a bias."
             )
-        if init == "loftq":
-            if self.use_dora:
-                raise ValueError("init_lora_weights='loftq' does not go with use_dora=True: choose another start.")
-            if not self.loftq_config:
-                raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(loftq_bits=4).")
+        if init == "loftq" and not self.loftq_config:
+            raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(loftq_bits=4).")
         for name, option_cls in (("eva", EvaConfig), ("corda", CordaConfig)):
             if init == name and getattr(self, f"{name}_config") is None:
                 setattr(self, f"{name}_config", option_cls())

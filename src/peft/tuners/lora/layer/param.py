@@ -70,6 +70,7 @@ class ParameterLayer(LoraLayer):
 
     parameter_name: str
     num_experts = 1
+    is_transposed = False  # whether the parameter holds [n, in, out]
     dora_kind = "parameter"
     blocks: tuple[Block, ...]
     bias_name: str | None = None  # the parameter that holds the bias of all output features
@@ -87,10 +88,14 @@ class ParameterLayer(LoraLayer):
         return {(): None, ("use_dora",): DoraParameterVariant}
 
     # ---- the stack of matrices -------------------------------------------------------------------------------------
-    def _stored(self, block: Block) -> torch.Tensor:
-        """A parameter as `[n, out, in]`."""
-        parameter = self.get_base_layer()._parameters[block.parameter]
-        return parameter.reshape(self.num_experts, *parameter.shape[-2:])
+    def _stack(self, stored: torch.Tensor) -> torch.Tensor:
+        """What has a parameter's shape as `[n, out, in]`."""
+        stack = stored.reshape(self.num_experts, *stored.shape[-2:])
+        return stack.mT if self.is_transposed else stack
+
+    def _as_stored(self, stack: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """`[n, out, in]` in a parameter's shape."""
+        return (stack.mT if self.is_transposed else stack).reshape(shape)
 
     def get_delta_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """B `[n, out, r]`, A `[n, r, in]` and the scaling, such that scaling · B A is what is added."""
@@ -104,13 +109,13 @@ class ParameterLayer(LoraLayer):
     def weight_norm(self, name: str | None) -> torch.Tensor:
         norms = []
         for block in self.blocks:
-            stored = self._stored(block)
+            stack = self._stack(self.get_base_layer()._parameters[block.parameter])
             if name is None:
-                zero = stored.new_zeros(())
-                b, a, scaling = zero.expand(*stored.shape[:2], 1), zero.expand(len(stored), 1, stored.shape[2]), 0.0
+                zero = stack.new_zeros(())
+                b, a, scaling = zero.expand(*stack.shape[:2], 1), zero.expand(len(stack), 1, stack.shape[2]), 0.0
             else:
                 b, a, scaling = self._block_factors(name, block)
-            norms.append(dora.stacked_norm(stored, a, b, scaling))
+            norms.append(dora.stacked_norm(stack, a, b, scaling))
         return torch.cat(norms, dim=1)
 
     def dora_norm(self, name: str) -> torch.Tensor:
@@ -206,23 +211,16 @@ class ParameterLayer(LoraLayer):
             return _LoraParameterProxy(delta)(weight)
         b, a, scaling = self._block_factors(name, block)
         magnitude = self.lora_magnitude_vector[name].weight.reshape(norm.shape)[:, block.rows]
-        return dora.stacked_weight(
-            weight.reshape(self.num_experts, *weight.shape[-2:]),
-            a,
-            b,
-            magnitude=magnitude,
-            norm=norm[:, block.rows],
-            scaling=scaling,
-        ).reshape(weight.shape)
+        adapted = dora.stacked_weight(
+            self._stack(weight), a, b, magnitude=magnitude, norm=norm[:, block.rows], scaling=scaling
+        )
+        return self._as_stored(adapted, weight.shape)
 
     def _block_delta(self, name: str, block: Block) -> torch.Tensor:
         b, a, scaling = self._block_factors(name, block)
         wide = torch.float64 if b.dtype == torch.float64 else torch.float32
-        return (
-            ((b.to(wide) @ a.to(wide)) * scaling)
-            .to(b.dtype)
-            .reshape(self.get_base_layer()._parameters[block.parameter].shape)
-        )
+        delta = ((b.to(wide) @ a.to(wide)) * scaling).to(b.dtype)
+        return self._as_stored(delta, self.get_base_layer()._parameters[block.parameter].shape)
 
     # ---- merging: one matrix of all rows, `[n · out, in]`, zero outside the blocks ------------------------------------
     def fold_delta(self, name: str) -> torch.Tensor:
@@ -235,7 +233,7 @@ class ParameterLayer(LoraLayer):
         first = next(iter(tensors.values()))
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         if len(self.blocks) == 1:
-            return first.to(wide).flatten(0, -2)
+            return self._stack(first).to(wide).flatten(0, 1)
         matrix = torch.zeros(self.out_features, self.in_features, dtype=wide, device=first.device)
         for block in self.blocks:
             matrix[block.rows, block.columns] = tensors[block.parameter].to(wide)
@@ -251,7 +249,8 @@ class ParameterLayer(LoraLayer):
         parameters = self.get_base_layer()._parameters
         for block in self.blocks:
             target = parameters[block.parameter]
-            assign(target, folded.weight[block.rows, block.columns].reshape(target.shape))
+            stack = folded.weight[block.rows, block.columns].unflatten(0, (self.num_experts, -1))
+            assign(target, self._as_stored(stack, target.shape))
         if folded.bias is not None:
             if journal.bias is None:
                 journal.bias = parameters[self.bias_name].detach().clone()
@@ -266,7 +265,8 @@ class ParameterLayer(LoraLayer):
 
 
 class ParamWrapper(ParameterLayer, nn.Module):
-    """LoRA on one parameter `[out, in]` or `[experts, out, in]` of the wrapped module.
+    """LoRA on one parameter `[out, in]` or `[experts, out, in]` of the wrapped module; `[experts, in, out]` where the module
+    has a true `is_transposed`, as transformers' experts do.
 
     A is `[experts · r, in]`, expert by expert; B is `[out, r · experts]`, the experts of each rank side by side. Several
     parameters of a module are several wrappers around one another.
@@ -318,7 +318,9 @@ class ParamWrapper(ParameterLayer, nn.Module):
                 "quantisation config), or leave the parameter out."
             )
         self.num_experts = parameter.shape[0] if parameter.dim() == 3 else 1
-        return parameter.shape[-1], parameter.shape[-2]
+        self.is_transposed = parameter.dim() == 3 and bool(getattr(base_layer, "is_transposed", False))
+        rows, columns = parameter.shape[-2:]
+        return (rows, columns) if self.is_transposed else (columns, rows)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         for option, off in _REFUSED:
@@ -344,6 +346,24 @@ class ParamWrapper(ParameterLayer, nn.Module):
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`scaling · B A` of every expert, in the parameter's shape; without a gain where the adapter is DoRA."""
         return self._block_delta(adapter_name, self.blocks[0])
+
+    # ---- files of older releases ---------------------------------------------------------------------------------------
+    @property
+    def is_stack_of_rows(self) -> bool:
+        """Whether the parameter is stored `[experts, out, in]`."""
+        return self.get_param().dim() == 3 and not self.is_transposed
+
+    def is_other_way_round(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether a stored A and B have the features of B and A; never where there are as many of both."""
+        features = (self.in_features, self.out_features)
+        return self.in_features != self.out_features and features == (b.shape[0], a.shape[1])
+
+    def turn_round(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of the transposed update, stored in the same way."""
+        n = self.num_experts
+        turned_a = b.unflatten(1, (-1, n)).permute(2, 1, 0).flatten(0, 1)
+        turned_b = a.unflatten(0, (n, -1)).permute(2, 1, 0).flatten(1, 2)
+        return turned_a.contiguous(), turned_b.contiguous()
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
