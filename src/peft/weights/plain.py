@@ -41,8 +41,10 @@ class PlainWeight(BaseWeight):
         return False
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        matrix = self._view(self.layer.weight)
-        return matrix if dtype is None else matrix.to(dtype)
+        # By the module's own look-up it costs as much as a launch. It is elsewhere where it is computed or gathered.
+        weight = self.layer._parameters.get("weight")
+        matrix = self._view(self.layer.weight if weight is None else weight)
+        return matrix if dtype is None or dtype == matrix.dtype else matrix.to(dtype)
 
     def rows(self, a: int, b: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         self._check_rows(a, b)

@@ -233,7 +233,7 @@ class LoraLinearBase(LoraLayer, nn.Module):
             a,
             b["weight"],
             scaling=self.scaling[plan.name],
-            magnitude=None if plan.magnitude is None else plan.magnitude.weight,
+            magnitude=None if plan.magnitude is None else plan.magnitude._parameters["weight"],
             lora_bias=b["bias"],
             cache=plan.cache,
             route=plan.route,
