@@ -33,6 +33,7 @@ from transformers import integrations
 
 from cases import FORMATS as CASES
 from cases import METHODS, Wrapped
+from cases import Format as CaseFormat
 from peft import dora
 from peft.dora import norm as dora_norm
 from peft.weights import FORMATS, find_weight, through
@@ -83,9 +84,9 @@ class Row:
         return torch.randn(2, 3, FEATURES, generator=generator).to(self.dtype).to(device)
 
 
-def of_case(case: str, form: str, rounding: float) -> Row:
-    """A format of tests/cases.py, made by its library."""
-    stored_as = CASES[case]
+def of_case(case: str | CaseFormat, form: str, rounding: float) -> Row:
+    """A format as tests/cases.py tells them, or one of those, made by its library."""
+    stored_as = CASES[case] if isinstance(case, str) else case
     quantiser = stored_as.quantiser
 
     def make(out: int, features: int, seed: int, device: str) -> nn.Module:
@@ -98,7 +99,7 @@ def of_case(case: str, form: str, rounding: float) -> Row:
 
     refuses = None if quantiser.requantised is not None else "AQLM's codes come from a search"
     return Row(
-        case, form, make, stored_as.dtype, rounding, quantiser.package, ("cpu", "cuda"), quantiser.mark, refuses,
+        stored_as.name, form, make, stored_as.dtype, rounding, quantiser.package, ("cpu", "cuda"), quantiser.mark, refuses,
     )  # fmt: skip
 
 
@@ -146,6 +147,18 @@ def by_torchao(config: Callable) -> Callable[[int, int, int, str], nn.Module]:
     return make
 
 
+def _int8_dynamic():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return Int8DynamicActivationInt8WeightConfig()
+
+
+def _float8_dynamic():
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+
+
 def _int4_on_cpu():
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
@@ -189,13 +202,16 @@ ROWS = [
     of_case("gptq4-act-order", "GPTQ", 0.2),
     of_case("gptq3", "GPTQ", 0.4),
     of_case("gptq8", "GPTQ", 0.05),
+    of_case(CaseFormat("gptq2", HALF, "gptq", settings={"bits": 2, "group_size": 16}), "GPTQ", 0.7),
     of_case("awq4", "AWQ", 0.2),
     of_case("awq8", "AWQ", 0.05),
     Row("gptqmodel-marlin", "gptqmodel's other backends", marlin, FP32, 0.0, refuses='backend="gptq_torch"'),
     of_case("aqlm", "AQLM", 0.0),
     of_case("ao-int8", "torchao int8", 0.05),
     of_case("ao-int8-bf16", "torchao int8", 0.05),
+    Row("ao-int8-dynamic", "torchao int8", by_torchao(_int8_dynamic), BF16, 0.1, "torchao", ("cpu", "cuda")),
     of_case("ao-float8", "torchao float8", 0.1),
+    Row("ao-float8-dynamic", "torchao float8", by_torchao(_float8_dynamic), BF16, 0.2, "torchao", ("cuda",)),
     of_case("ao-int4", "torchao intx (1 to 8 bits)", 0.3),
     Row("ao-int4-cpu", "torchao int4 for CPUs", by_torchao(_int4_on_cpu), BF16, 0.3, "torchao"),
     Row(
