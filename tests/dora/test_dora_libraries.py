@@ -35,7 +35,20 @@ FORMS = [
     *(Format(f"awq{bits}", HALF, "awq", settings={"bits": bits, "group_size": 32}) for bits in (2, 3, 4, 8)),
     *(
         Format(f"hqq{bits}-{axis}", HALF, "hqq", settings={"nbits": bits, "group_size": 32, "axis": axis})
-        for bits, axis in ((8, 1), (6, 1), (5, 1), (4, 0), (4, 1), (2, 0), (2, 1), (1.58, 1), (1, 0), (1, 1))
+        for bits, axis in (
+            (8, 1),
+            (6, 1),
+            (5, 1),
+            (3, 0),
+            (3, 1),
+            (4, 0),
+            (4, 1),
+            (2, 0),
+            (2, 1),
+            (1.58, 1),
+            (1, 0),
+            (1, 1),
+        )
     ),
     Format("hqq4-24", HALF, "hqq", settings={"nbits": 4, "group_size": 24, "axis": 1}),
     Format("hqq2-40", torch.float32, "hqq", settings={"nbits": 2, "group_size": 40, "axis": 1}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers import integrations
 
 from cases import FORMATS as CASES
 from cases import METHODS, Wrapped
+from cases import Format as CaseFormat
 from peft import dora
 from peft.dora import norm as dora_norm
 from peft.weights import FORMATS, find_weight, through
@@ -82,9 +84,9 @@ class Row:
         return torch.randn(2, 3, FEATURES, generator=generator).to(self.dtype).to(device)
 
 
-def of_case(case: str, form: str, rounding: float) -> Row:
-    """A format of tests/cases.py, made by its library."""
-    stored_as = CASES[case]
+def of_case(case: str | CaseFormat, form: str, rounding: float) -> Row:
+    """A format as tests/cases.py tells them, or one of those, made by its library."""
+    stored_as = CASES[case] if isinstance(case, str) else case
     quantiser = stored_as.quantiser
 
     def make(out: int, features: int, seed: int, device: str) -> nn.Module:
@@ -97,7 +99,7 @@ def of_case(case: str, form: str, rounding: float) -> Row:
 
     refuses = None if quantiser.requantised is not None else "AQLM's codes come from a search"
     return Row(
-        case, form, make, stored_as.dtype, rounding, quantiser.package, ("cpu", "cuda"), quantiser.mark, refuses,
+        stored_as.name, form, make, stored_as.dtype, rounding, quantiser.package, ("cpu", "cuda"), quantiser.mark, refuses,
     )  # fmt: skip
 
 
@@ -145,6 +147,18 @@ def by_torchao(config: Callable) -> Callable[[int, int, int, str], nn.Module]:
     return make
 
 
+def _int8_dynamic():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return Int8DynamicActivationInt8WeightConfig()
+
+
+def _float8_dynamic():
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+
+
 def _int4_on_cpu():
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
@@ -188,13 +202,16 @@ ROWS = [
     of_case("gptq4-act-order", "GPTQ", 0.2),
     of_case("gptq3", "GPTQ", 0.4),
     of_case("gptq8", "GPTQ", 0.05),
+    of_case(CaseFormat("gptq2", HALF, "gptq", settings={"bits": 2, "group_size": 16}), "GPTQ", 0.7),
     of_case("awq4", "AWQ", 0.2),
     of_case("awq8", "AWQ", 0.05),
     Row("gptqmodel-marlin", "gptqmodel's other backends", marlin, FP32, 0.0, refuses='backend="gptq_torch"'),
     of_case("aqlm", "AQLM", 0.0),
     of_case("ao-int8", "torchao int8", 0.05),
     of_case("ao-int8-bf16", "torchao int8", 0.05),
+    Row("ao-int8-dynamic", "torchao int8", by_torchao(_int8_dynamic), BF16, 0.1, "torchao", ("cpu", "cuda")),
     of_case("ao-float8", "torchao float8", 0.1),
+    Row("ao-float8-dynamic", "torchao float8", by_torchao(_float8_dynamic), BF16, 0.2, "torchao", ("cuda",)),
     of_case("ao-int4", "torchao intx (1 to 8 bits)", 0.3),
     Row("ao-int4-cpu", "torchao int4 for CPUs", by_torchao(_int4_on_cpu), BF16, 0.3, "torchao"),
     Row(
@@ -308,21 +325,25 @@ def test_saving_and_loading(row, device, method, tmp_path):
     check_saving(lambda: row.model(device), row.input(device), str(tmp_path / "adapter"), **method.options)
 
 
-class Largest(TorchDispatchMode):
-    """The bytes of the largest floating tensor that is made, the stored ones and views of them left out."""
+class Dense(TorchDispatchMode):
+    """The most bytes that floating tensors take together at any time, those of the layer left out."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.bytes = 0
+        self.peak = 0
         held = [tensor for tensor in (*layer.parameters(), *layer.buffers()) if type(tensor.data) is torch.Tensor]
         self.known = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self.made: list[weakref.ref[torch.Tensor]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.element_size() > 1:
-                if tensor.untyped_storage().data_ptr() not in self.known:
-                    self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+                self.made.append(weakref.ref(tensor))
+        living = [tensor.untyped_storage() for tensor in (ref() for ref in self.made) if tensor is not None]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in living}
+        self.peak = max(self.peak, sum(size for place, size in sizes.items() if place not in self.known))
+        self.made = [ref for ref in self.made if ref() is not None]
         return made
 
 
@@ -333,16 +354,18 @@ WHOLE = {"te-float8-layout", "eetq-layout"}
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS if "cpu" in row.devices])
 def test_the_norm_makes_no_more_than_a_chunk_dense(row, monkeypatch):
-    """64 MiB of a large weight; here so much less that a small one is read in several."""
-    assert dora_norm.CHUNK_BYTES == through.CHUNK_BYTES == 64 * 2**20
-    chunk = OUT * FEATURES * 4 // 2
+    """64 MiB of a large weight, all temporaries together; here so much less that a small one is read in several chunks."""
+    assert dora_norm.CHUNK_BYTES == 2 * through.CHUNK_BYTES == 64 * 2**20
+    out, features = 512, 256
+    chunk = out * features * 4 // 2
     monkeypatch.setattr(dora_norm, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(through, "CHUNK_BYTES", chunk)
-    weight = find_weight(row.make(OUT, FEATURES, 0, "cpu"))
-    A, B = torch.randn(2, FEATURES), torch.randn(OUT, 2)
-    with Largest(weight.layer) as largest:
+    monkeypatch.setattr(through, "CHUNK_BYTES", chunk // 2)
+    weight = find_weight(row.make(out, features, 0, "cpu"))
+    A, B = torch.randn(2, features), torch.randn(out, 2)
+    with Dense(weight.layer) as dense:
         found = dora.row_norm(weight, A, B, 0.5)
     torch.testing.assert_close(
         found.double(), (weight.dense(torch.float64) + 0.5 * B.double() @ A.double()).norm(dim=1), rtol=1e-5, atol=0
     )
-    assert 0 < largest.bytes <= chunk or row.name in WHOLE
+    vectors = 4 * 4 * (out + features)  # scales and norms
+    assert 0 < dense.peak <= chunk + vectors or row.name in WHOLE

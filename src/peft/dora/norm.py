@@ -91,6 +91,7 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
             else:
                 total = torch.mm(b[start:stop], a, out_dtype=wide).mul_(scaling).add_(base)
             norms.append(torch.linalg.vector_norm(total, dim=1))
+            del base, total  # before the next chunk is read
     return torch.cat(norms) if norms else torch.empty(0, dtype=wide, device=a.device)
 
 

@@ -175,11 +175,16 @@ class HqqWeight(StoredWeight):
             return torch.empty((b - a, features), dtype=self.dtype, device=self.device)
         group = meta["group_size"]
         if meta["axis"] == 0:
-            first, pieces = start, self._across_groups(start, stop)
+            first, last = start, stop
+            pieces = self._across_groups(first, last)
         else:  # from the start of a group to the end of one
-            first = start // group * group
-            pieces = self._along_groups(first, -(-stop // group) * group)
-        return torch.cat(list(pieces))[start - first : stop - first].view(b - a, features)
+            first, last = start // group * group, -(-stop // group) * group
+            pieces = self._along_groups(first, last)
+        flat, place = torch.empty(last - first, dtype=self.dtype, device=self.device), 0
+        for piece in pieces:
+            flat[place : place + len(piece)] = piece
+            place += len(piece)
+        return flat[start - first : stop - first].view(b - a, features)
 
     def _along_groups(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         """Elements start to stop, flat, where groups follow one another."""
@@ -187,8 +192,8 @@ class HqqWeight(StoredWeight):
         scale, zero = self._scales()
         for lo, hi, codes in self._codes(start, stop, self._planes().size):
             these = slice(lo // group, hi // group)
-            block = (codes.view(-1, group) - zero[these, None]) * scale[these, None]
-            yield block.view(-1)
+            codes.view(-1, group).sub_(zero[these, None]).mul_(scale[these, None])
+            yield codes
 
     def _across_groups(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         """The same where element i is of group i modulo their number."""
@@ -196,10 +201,10 @@ class HqqWeight(StoredWeight):
         groups = len(scale)
         for lo, hi, codes in self._codes(start, stop, groups):
             these = slice(lo % groups, lo % groups + hi - lo)
-            yield (codes - zero[these]) * scale[these]
+            yield codes.sub_(zero[these]).mul_(scale[these])
 
     def _codes(self, start: int, stop: int, step: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """`(lo, hi, integers lo to hi)` in the compute dtype, cut at multiples of `step`, which divides a plane."""
+        """`(lo, hi, integers lo to hi)`, a copy in the compute dtype, cut at multiples of `step`, which divides a plane."""
         planes, words = self._planes(), self._words()
         lo = start
         while lo < stop:
@@ -208,7 +213,7 @@ class HqqWeight(StoredWeight):
             piece = words[offset : offset + hi - lo]
             if planes.count > 1:
                 piece = (piece >> planes.shift(plane)) & ((1 << planes.bits) - 1)
-            yield lo, hi, piece.to(self.dtype)
+            yield lo, hi, piece.to(self.dtype, copy=True)
             lo = hi
 
 

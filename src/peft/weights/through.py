@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .base import BaseWeight
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20  # half of what the norm may hold, which holds the rows too
 
 
 def read_through(
@@ -35,17 +35,21 @@ def read_through(
         device: Where.
 
     Returns:
-        `[rows, in]` in the dtype that `product` gives. A chunk of the identity and its product take 64 MiB at most.
+        `[rows, in]` in the dtype that `product` gives. A chunk of the identity and its product take 32 MiB at most.
     """
     (out, features), (a, b) = shape, rows
     step = max(1, CHUNK_BYTES // (dtype.itemsize * (out + features)))
-    columns = []
+    matrix = None
     for start in range(0, features, step):
         size = min(step, features - start)
         unit = torch.zeros(size, features, dtype=dtype, device=device)
         unit.diagonal(start).fill_(1)
-        columns.append(product(unit)[:, a:b].T)
-    return torch.cat(columns, dim=1).contiguous()
+        columns = product(unit)[:, a:b].T
+        if matrix is None:
+            matrix = columns.new_empty(b - a, features)
+        matrix[:, start : start + size] = columns  # a copy, so that the product of this step goes before the next one
+        del unit, columns
+    return matrix
 
 
 class _StraightThrough(torch.autograd.Function):

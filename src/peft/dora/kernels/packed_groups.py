@@ -57,6 +57,33 @@ def load_codes_down(words_ptr, o_m, k, out_features, in_features, BITS: tl.const
 
 
 @triton.jit
+def repeat_rows(b_x, COUNT: tl.constexpr):
+    """Each row COUNT times: [M, N] to [M * COUNT, N]."""
+    b_y = tl.broadcast_to(b_x[:, None, :], (b_x.shape[0], COUNT, b_x.shape[1]))
+    return tl.reshape(b_y, (b_x.shape[0] * COUNT, b_x.shape[1]))
+
+
+@triton.jit
+def load_codes_along(
+    words_ptr, o_m, o_place, k, out_features, in_features, BITS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """AWQ's integers [BLOCK_M, BLOCK_K] as int32, each word loaded once where it holds a whole number of them: rows `o_m`
+    begin with the first of a word, and `o_place`, where they lie, permutes within words."""
+    o_k = k + tl.arange(0, BLOCK_K)
+    p_stream = words_ptr + o_k[None, :].to(tl.int64) * ((out_features * BITS + 31) // 32)
+    if 32 % BITS == 0:
+        COUNT: tl.constexpr = 32 // BITS
+        o_word = tl.max(tl.reshape(o_m, (o_m.shape[0] // COUNT, COUNT)), 1) // COUNT  # [BLOCK_M / COUNT]
+        m_word = (o_word * COUNT < out_features)[:, None] & (o_k < in_features)[None, :]
+        b_word = repeat_rows(tl.load(p_stream + o_word[:, None], mask=m_word, other=0), COUNT)  # [BLOCK_M, BLOCK_K]
+        b_code = (b_word >> (o_place % COUNT * BITS).to(tl.int32)[:, None]) & ((1 << BITS) - 1)
+    else:
+        m_w = (o_m < out_features)[:, None] & (o_k < in_features)[None, :]
+        b_code = load_code(p_stream, o_place[:, None], 1, m_w, BITS)
+    return b_code
+
+
+@triton.jit
 def load_weight_groups(
     words_ptr,
     scale_ptr,
@@ -109,8 +136,7 @@ def load_weight_groups(
         if LAYOUT == 32:
             b_code = load_codes_down(words_ptr, o_m, k, out_features, in_features, BITS, BLOCK_K)
         else:
-            p_stream = words_ptr + o_k[None, :].to(tl.int64) * o_row
-            b_code = load_code(p_stream, o_place[:, None], 1, m_m & (o_k < in_features)[None, :], BITS)
+            b_code = load_codes_along(words_ptr, o_m, o_place, k, out_features, in_features, BITS, BLOCK_K)
         if group_ptr is not None:
             o_group = tl.load(group_ptr + o_s, mask=o_s < in_features, other=0)
         else:
