@@ -11,6 +11,7 @@ from typing import Any
 import faults  # noqa: F401  registers its recipes
 import faults_dora  # noqa: F401
 import faults_lora  # noqa: F401  likewise
+import faults_megatron  # noqa: F401  likewise
 import options
 import pytest
 import recipes
@@ -131,6 +132,8 @@ FAULTS = (
         "names_of_biases", lambda names: names == [f"base_model.model.{name}.bias" for name in ("0.base_layer", "1")]
     ),
     Fault("xlora_kept", _is_true),
+    Fault("on_megatron", _is_small, "KeyError"),
+    Fault("on_megatron", _is_small, "ValueError", {"use_dora": True}),
     Fault("experts_of_an_older_file", _is_small, "RuntimeError"),
     Fault("experts_from_a_state_dict", _is_small, "ValueError"),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
