@@ -11,6 +11,7 @@ import torch
 from options import base_and_input
 from recipes import adapted, evaluated, fill, recipe, row_of
 from safetensors.torch import save_file
+from torch import nn
 
 import peft
 
@@ -129,6 +130,16 @@ def embedding_by_lorafa() -> bool:
         model(x).square().sum().backward()
         optimizer.step()
     return bool((model.base_model.model[0].get_delta_weight("default") != 0).any())
+
+
+@recipe
+def names_of_biases() -> list[str]:
+    """Under which names the biases of an adapter are saved, of whose two layers another adapter wraps the second."""
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"], bias="all")
+    )
+    model.add_adapter("other", peft.LoraConfig(target_modules=["1"]))
+    return sorted(key for key in peft.get_peft_model_state_dict(model) if "bias" in key)
 
 
 @recipe

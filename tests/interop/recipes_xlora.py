@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def xlora_loaded(folder: str) -> torch.Tensor:
 
 
 @recipe
-def xlora_kept(experts: str, folder: str) -> bool:
+def xlora_kept() -> bool:
     """Whether the classifier's first layer is in the file."""
-    saved = xlora(experts=experts, folder=folder, options={})["tensors"]
+    with tempfile.TemporaryDirectory() as experts, tempfile.TemporaryDirectory() as folder:
+        xlora_experts(experts)
+        saved = xlora(experts=experts, folder=folder, options={})["tensors"]
     return "base_model.internal_xlora_classifier.layers.0.weight" in saved

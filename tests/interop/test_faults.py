@@ -11,9 +11,12 @@ from typing import Any
 import faults  # noqa: F401  registers its recipes
 import faults_dora  # noqa: F401
 import faults_lora  # noqa: F401  likewise
+import faults_megatron  # noqa: F401  likewise
+import options
 import pytest
 import recipes
 import recipes_family  # noqa: F401
+import recipes_xlora  # noqa: F401
 import torch
 from peer import Peer, PeerError
 
@@ -125,6 +128,12 @@ FAULTS = (
     Fault("kasa_on_four_bits", _is_true),
     Fault("embedding_by_lorafa", _is_true),
     Fault("biases_of_an_old_file", _is_small),
+    Fault(
+        "names_of_biases", lambda names: names == [f"base_model.model.{name}.bias" for name in ("0.base_layer", "1")]
+    ),
+    Fault("xlora_kept", _is_true),
+    Fault("on_megatron", _is_small, "KeyError"),
+    Fault("on_megatron", _is_small, "ValueError", {"use_dora": True}),
     Fault("experts_of_an_older_file", _is_small, "RuntimeError"),
     Fault("experts_from_a_state_dict", _is_small, "ValueError"),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
@@ -142,6 +151,42 @@ FAULTS = (
         )
     ),
 )
+
+
+# The faults that the project set out to mend, as far as this version carries the methods: which rows above show each.
+SET_OUT = {
+    "lora_bias merged into a 4- or 8-bit layer forgets the scaling, and a safe merge raises": ["lora_bias_merged"],
+    "DoRA on torchao merges without the magnitude": ["torchao_dora_merged"],
+    "two adapters on torchao merge with an UnboundLocalError": ["torchao_two_merged"],
+    "a safe merge on torchao tests before it adds": ["torchao_safe_merge"],
+    "convolutions with groups refuse to merge": ["change_by_merging"],
+    "unmerging a quantised layer does not give the old bytes back": ["bytes_after_unmerging"],
+    "DoRA on a row of zeros gives NaN": ["zero_row"],
+    "hotswap fails on the magnitude": ["hotswapped"],
+    "add_weighted_adapter keeps a fresh magnitude": ["weighted_magnitude"],
+    "int8 layers on the CPU survive one forward": ["int8_passes"],
+    "a refused mixed batch leaves a hook behind": ["after_a_refused_mixed_batch"],
+    "ephemeral_gpu_offload asserts CUDA": ["offloaded"],
+    "convolutions lose dilation": ["dilated"],
+    "OLoRA fails on a Conv1D that is not square": ["olora_on_conv1d"],
+    "MultiheadAttention rewrites its packed weight at every forward": ["attention_keeps_its_bits"],
+    "bias='all' with a second adapter on other modules changes after a reload": ["biases_of_two_after_reload"],
+    "the bias is saved under a wrapped name": ["names_of_biases"],
+    "modules_to_save grows duplicates": ["modules_to_save_after_rounds"],
+    "X-LoRA saves an empty classifier": ["xlora_kept"],
+    "an unknown bias is accepted": ["refusal"],
+}
+# Thought to be faults as well, but 0.21.2 refuses these too: rows of options.REFUSED hold both to it.
+NO_FAULTS = {"r=-1 is accepted": "refused-r--1", "an unknown start is accepted": "refused-init_lora_weights-pisa"}
+
+
+@pytest.mark.parametrize("sentence", SET_OUT)
+def test_the_fault_has_a_row(sentence: str) -> None:
+    assert set(SET_OUT[sentence]) <= {fault.recipe for fault in FAULTS}
+
+
+def test_what_is_no_fault_is_refused_by_both() -> None:
+    assert all(options.OPTIONS[name].refused for name in NO_FAULTS.values())
 
 
 def _parameter(fault: Fault) -> Any:

@@ -30,6 +30,7 @@ def main() -> None:
     import faults  # noqa: F401  registers its recipes
     import faults_dora  # noqa: F401  likewise
     import faults_lora  # noqa: F401  likewise
+    import faults_megatron  # noqa: F401  likewise
     import operation_recipes  # noqa: F401  likewise
     import option_recipes  # noqa: F401  likewise
     import recipes
