@@ -98,7 +98,17 @@ def test_memory_stays_within_a_chunk():
         dora.row_norm(
             types.SimpleNamespace(shape=(6000, 4096), dtype=W.dtype, rows=lambda a, b, d: W[a:b].to(d)), A, B, 1.0
         )
-    assert max(size for size in largest if size != W.nbytes) * 4 <= norm_module.CHUNK_BYTES + 4 * 4 * 4096
+    assert max(size for size in largest if size != W.nbytes) * 4 <= norm_module.HOST_CHUNK_BYTES + 4 * 4 * 4096
+
+
+def test_chunks_that_are_differentiated(monkeypatch):
+    """torch.func refuses to write to a tensor that is there already."""
+    W, A, B = factors(50, 64, 3, torch.float32, "cpu")
+    weight = DenseWeight(W)
+    expected = torch.stack([dora.row_norm(weight, A, scaled, 1.0) for scaled in (B, 2 * B)])
+    monkeypatch.setattr(norm_module, "CHUNK_BYTES", 4 * 4 * 64 * 7)
+    found = torch.vmap(lambda scaled: dora.row_norm(weight, A, scaled, 1.0))(torch.stack([B, 2 * B]))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("setting", ["high", "medium"])

@@ -355,6 +355,18 @@ def test_the_wider_memory_is_let_go(model):
         assert chunk.factors is None
 
 
+def test_norms_are_kept_once(model):
+    """Who is in a chunk keeps none of its own, and makes some anew when it is called outside of a pass."""
+    check(model)
+    caches = passes.caches_of(net_of(model))
+    assert all(cache.batch is not None for cache in caches)
+    check(model)
+    assert len(caches) == 4 and all(cache.batch is None and cache.shared is not None for cache in caches)
+    layer, x = net_of(model).layers[0], x_of(model)
+    assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+    assert caches[0].batch is not None
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_many_chunks(model, refreshes, monkeypatch, reentrant):
     """As with large ranks: every layer is a chunk of its own, and few of them are open at a time."""

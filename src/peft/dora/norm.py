@@ -14,6 +14,7 @@ from .products import autocast_dtype
 from .route import TRITON_DTYPES, Route, interpreting, kernels
 
 CHUNK_BYTES = 64 * 2**20
+HOST_CHUNK_BYTES = 16 * 2**20  # on a CPU, so that a chunk's sum is still in its caches when it is squared
 
 
 def row_norm(
@@ -65,7 +66,7 @@ def runs_triton(route: Route | None, factor: torch.Tensor, dtype: torch.dtype) -
 
 
 def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """The PyTorch body of `row_norm`: chunks of rows, of at most 64 MiB all temporaries together.
+    """The PyTorch body of `row_norm`: chunks of rows, of at most 64 MiB (on a CPU 16) all temporaries together.
 
     Args:
         weight: As there.
@@ -78,8 +79,10 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
     out, features = weight.shape
     wide = torch.float64 if torch.float64 in (weight.dtype, a.dtype) else torch.float32
     # At most four matrices of a chunk live together: W as stored and in the wide dtype, the product, the sum.
-    rows = max(1, CHUNK_BYTES // (4 * wide.itemsize * max(features, 1)))
-    norms = []
+    most = min(CHUNK_BYTES, HOST_CHUNK_BYTES) if a.device.type == "cpu" else CHUNK_BYTES
+    rows = max(1, most // (4 * wide.itemsize * max(features, 1)))
+    reuses = type(a) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+    room, norms = None, []
     with _exact_products(a.device.type):
         if not _has_wide_product(a):
             a, b = a.to(wide), b.to(wide)
@@ -87,7 +90,9 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
             stop = min(start + rows, out)
             base = weight.rows(start, stop, wide)
             if a.dtype == wide:
-                total = torch.addmm(base, b[start:stop], a, alpha=scaling)
+                into = None if room is None else room[: stop - start]
+                total = torch.addmm(base, b[start:stop], a, alpha=scaling, out=into)
+                room = total if reuses and room is None else room  # no chunk that follows is larger
             else:
                 total = torch.mm(b[start:stop], a, out_dtype=wide).mul_(scaling).add_(base)
             norms.append(torch.linalg.vector_norm(total, dim=1))

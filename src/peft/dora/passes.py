@@ -13,7 +13,7 @@ from .factors import GAIN_FLOOR, MOST_MOVES, Factors, NormCache, Request, addres
 from .route import kernels
 
 OUTSIDE_BACKWARD = -1  # what torch gives as the number of the backward pass where there is none
-CHUNK_BYTES = 32 * 2**20  # of copies of A and B that are made, and held, together
+CHUNK_BYTES = 12 * 2**20  # of copies of A and B that are made, and held, together
 MOST_OPEN = 2  # chunks of a kind; layers that are called one after the other may be in two
 
 
@@ -38,6 +38,7 @@ class Chunk:
         self.batch.move(self.batch.members, GAIN_FLOOR if first.floor else 0.0)
         for i, (cache, _) in enumerate(self.members):
             cache.shared = self, i
+            cache.batch = None  # its norms are kept here from now on
         self.watched = [p for _, request in self.members for p in (request.A, request.B, request.magnitude)]
         self.addresses = addresses_of([request.member for _, request in self.members])
         self.device = first.A.device
