@@ -157,5 +157,6 @@ def test_launches_beyond_the_base(batch, quantised):
         names = (["default", "second"] * batch)[:batch]
         mixed = launches_of(lambda: model(x, adapter_names=names))
     assert len(ours) <= len(base) + 3 * len(layers) + 2, ours
-    assert len(ours) <= 2 * len(layers) + 2, ours
+    # Four bits are unpacked, multiplied by cuBLAS and composed for more than one row; else one launch does it all.
+    assert len(ours) <= (3 if quantised and batch > 1 else 1) * len(layers) + 2, ours
     assert len(mixed) <= len(base) + 5 * len(layers) + 2, mixed
