@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_ddp_fsdp2 import Collectives, logits_around_writes, logits_around_writes_alone, sharded
-from tiny import Run, adapted, base_model, batches, compare, gradients_of, parameters_of, train, worst
+from tiny import Run, adapted, base_model, batches, checkpointed, compare, gradients_of, parameters_of, train, worst
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -73,9 +73,12 @@ def fsdp1(
     use_orig_params: bool,
     units: str = "policy",
     quantised: dict | None = None,
+    use_reentrant: bool | None = None,
     **settings: Any,
 ) -> Run:
     model = adapted(base(quantised, device()), **options)
+    if use_reentrant is not None:
+        checkpointed(model, use_reentrant)
     outer = wrapped(model, use_orig_params, units, **settings)
     gradients = gradients_of_original if use_orig_params else gradients_of_flat
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -259,6 +262,15 @@ def test_a_write_to_packed_shards_is_seen_by_the_next_pass(two, units):
 def test_flat_shards_on_four_ranks_split_rows(four, quantised):
     for run in four.run(fsdp1, {}, True, "leaves", quantised):
         compare(run, alone({}, quantised))
+
+
+@pytest.mark.works_with("torch", "FSDP1 with checkpointing of both kinds")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])
+def test_checkpointing_under_fsdp1(two, quantised, use_reentrant):
+    truth = alone({}, quantised)
+    for run in two.run(fsdp1, {}, True, "policy", quantised, use_reentrant):
+        compare(run, truth)
 
 
 @pytest.mark.parametrize("units", ["policy", "leaves"])
