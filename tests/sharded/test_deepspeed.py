@@ -64,7 +64,10 @@ def zero(
     use_reentrant: bool | None = None,
     **shape: Any,
 ) -> Run:
-    """What an engine trains, checkpointed where `use_reentrant` says how; `state` is loaded into its adapter once the engine has everything in its hands."""
+    """What an engine trains, checkpointed where `use_reentrant` says how.
+
+    `state` is loaded into its adapter once the engine has everything in its hands.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     base = base_in_partitions(**shape) if partitioned else base_model(device(), **shape)
