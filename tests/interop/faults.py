@@ -123,6 +123,18 @@ def meta_rounding() -> bool:
     return all(torch.equal(value, written[key]) for key, value in peft.get_peft_model_state_dict(loaded).items())
 
 
+@recipe
+def unloaded_adapter() -> bool:
+    """Whether a call is refused while its adapter has no values."""
+    row = row_of("linear", "fp32", "lora")
+    model = adapted(row, filled=False, low_cpu_mem_usage=True)
+    try:
+        model(row.layer.input(row.form))
+    except RuntimeError as error:
+        return "load the adapter" in str(error)
+    return False
+
+
 def _llama(**options: Any) -> tuple[nn.Module, torch.Tensor]:
     import models
 

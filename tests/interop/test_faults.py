@@ -83,6 +83,7 @@ FAULTS = (
     Fault("grouped_norm", _is_small),
     Fault("half_conv_dropout", lambda dtype: dtype == "torch.bfloat16", "RuntimeError"),
     Fault("meta_rounding", _is_true),
+    Fault("unloaded_adapter", _is_true),
     # There the names are still being handed out by a hook when the next call comes, which has none.
     Fault(
         "after_a_refused_mixed_batch",

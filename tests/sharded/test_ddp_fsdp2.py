@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import STEPS, Run, adapted, base_model, batches, compare, train, whole, worst
+from tiny import STEPS, Run, adapted, base_model, batches, checkpointed, compare, train, whole, worst
 from torch import nn
 from torch.distributed import is_initialized
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,11 +79,9 @@ def fsdp2_by(name: str, options: dict[str, Any], units: str) -> Run:
     return fsdp2(options, units, **policy(name))
 
 
-def checkpointed(options: dict[str, Any], units: str = "blocks") -> Run:
-    model = adapted(base_model(device()), **options)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    sharded(model, units)
-    return train(model.train(), rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
+def checkpointed_fsdp2(options: dict[str, Any], units: str = "blocks", use_reentrant: bool = False) -> Run:
+    model = sharded(checkpointed(adapted(base_model(device()), **options), use_reentrant), units)
+    return train(model, rank=torch.distributed.get_rank(), world=torch.distributed.get_world_size())
 
 
 def logits_around_writes(model: nn.Module, held: Iterable[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
@@ -262,11 +260,12 @@ def test_accumulated_gradients_are_the_same(two, job):
         compare(run, truth)
 
 
-@pytest.mark.works_with("torch", "FSDP2 with checkpointing")
+@pytest.mark.works_with("torch", "FSDP2 with checkpointing of both kinds")
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
-def test_checkpointing_under_fsdp2(two, units):
+def test_checkpointing_under_fsdp2(two, units, use_reentrant):
     truth = alone({})
-    for run in two.run(checkpointed, {}, units):
+    for run in two.run(checkpointed_fsdp2, {}, units, use_reentrant):
         compare(run, truth)
 
 
@@ -346,7 +345,7 @@ def test_an_adapter_added_to_shards_starts_at_their_norm(two):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ddp_and_fsdp2_through_nccl(gpus, kind):
     truth = alone(KINDS[kind])
-    for job in (ddp, fsdp2, checkpointed):
+    for job in (ddp, fsdp2, checkpointed_fsdp2):
         for run in gpus.run(job, KINDS[kind]):
             compare(run, truth, rtol=1e-4)
     for run in gpus.run(fsdp2, KINDS[kind], "leaves"):

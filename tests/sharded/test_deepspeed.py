@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_ddp_fsdp2 import Collectives, device, logits_around_writes, logits_around_writes_alone
 from test_state_dicts import changed
-from tiny import Run, adapted, base_model, batches, compare, mean_over_ranks, own_rows, train, trained
+from tiny import Run, adapted, base_model, batches, checkpointed, compare, mean_over_ranks, own_rows, train, trained
 from torch import nn
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -61,13 +61,19 @@ def zero(
     persistent: int = 0,
     partitioned: bool = False,
     state: dict[str, torch.Tensor] | None = None,
+    use_reentrant: bool | None = None,
     **shape: Any,
 ) -> Run:
-    """What an engine trains; `state` is loaded into its adapter once the engine has everything in its hands."""
+    """What an engine trains, checkpointed where `use_reentrant` says how.
+
+    `state` is loaded into its adapter once the engine has everything in its hands.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     base = base_in_partitions(**shape) if partitioned else base_model(device(), **shape)
     model = adapted(base, **options)
+    if use_reentrant is not None:
+        checkpointed(model, use_reentrant)
     engine = engine_of(model, settings(stage, persistent))
     if state is not None:
         set_peft_model_state_dict(model, state)
@@ -120,6 +126,16 @@ def test_zero_trains_what_one_process_trains(two, kind, stage):
 def test_zero_on_four_ranks_with_small_parameters_kept_whole(four, stage):
     truth = train(adapted())
     for run in four.run(zero, {}, stage, persistent=200):
+        compare(run, truth)
+
+
+@pytest.mark.works_with("DeepSpeed", "ZeRO with checkpointing of both kinds")
+@needs_deepspeed
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpointing_under_zero(two, stage, use_reentrant):
+    truth = train(adapted())
+    for run in two.run(zero, {}, stage, use_reentrant=use_reentrant):
         compare(run, truth)
 
 

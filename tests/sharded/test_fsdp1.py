@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from test_ddp_fsdp2 import Collectives, logits_around_writes, logits_around_writes_alone, sharded
-from tiny import Run, adapted, base_model, batches, compare, gradients_of, parameters_of, train
+from tiny import Run, adapted, base_model, batches, checkpointed, compare, gradients_of, parameters_of, train, worst
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -73,13 +73,23 @@ def fsdp1(
     use_orig_params: bool,
     units: str = "policy",
     quantised: dict | None = None,
+    use_reentrant: bool | None = None,
     **settings: Any,
 ) -> Run:
     model = adapted(base(quantised, device()), **options)
+    if use_reentrant is not None:
+        checkpointed(model, use_reentrant)
     outer = wrapped(model, use_orig_params, units, **settings)
     gradients = gradients_of_original if use_orig_params else gradients_of_flat
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return train(outer, rank=rank, world=world, gradients=gradients, parameters=parameters_whole)
+
+
+def mixed(options: dict[str, Any], use_orig_params: bool, units: str) -> Run:
+    """As accelerate does it: shards gathered in bfloat16, and autocast."""
+    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    with torch.autocast(device().type, torch.bfloat16):
+        return fsdp1(options, use_orig_params, units, mixed_precision=precision)
 
 
 def large_collectives(options: dict[str, Any], units: str, smallest: int, quantised: dict | None = None) -> int:
@@ -206,6 +216,18 @@ def test_fsdp1_trains_what_one_process_trains(two, options, use_orig_params, uni
         compare(run, truth)
 
 
+@pytest.mark.works_with("torch", "FSDP1 in mixed precision")
+@pytest.mark.parametrize("units", ["policy", "leaves"])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_in_mixed_precision(two, use_orig_params, units):
+    """DoRA loses no more by bfloat16 than twice what LoRA loses."""
+    errors = {}
+    for kind, options in (("dora", {}), ("lora", {"use_dora": False})):
+        truth = alone(options)
+        errors[kind] = [worst(run, truth) for run in two.run(mixed, options, use_orig_params, units)]
+    assert max(errors["dora"]) <= 2 * max(errors["lora"])
+
+
 @pytest.mark.parametrize("units", ["policy", "leaves"])
 def test_a_write_to_flat_shards_is_seen_by_the_next_pass(two, units):
     truth = logits_around_writes_alone()
@@ -240,6 +262,15 @@ def test_a_write_to_packed_shards_is_seen_by_the_next_pass(two, units):
 def test_flat_shards_on_four_ranks_split_rows(four, quantised):
     for run in four.run(fsdp1, {}, True, "leaves", quantised):
         compare(run, alone({}, quantised))
+
+
+@pytest.mark.works_with("torch", "FSDP1 with checkpointing of both kinds")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])
+def test_checkpointing_under_fsdp1(two, quantised, use_reentrant):
+    truth = alone({}, quantised)
+    for run in two.run(fsdp1, {}, True, "policy", quantised, use_reentrant):
+        compare(run, truth)
 
 
 @pytest.mark.parametrize("units", ["policy", "leaves"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_ddp_fsdp2 import Collectives, device, logits_around_writes, logits_around_writes_alone
-from tiny import TARGETS, Run, adapted, base_model, batches, compare, train
+from tiny import TARGETS, Run, adapted, base_model, batches, checkpointed, compare, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -39,13 +39,15 @@ def split(model: nn.Module) -> nn.Module:
     return model
 
 
-def tensor_parallel(kind: str, first: str) -> Run:
+def tensor_parallel(kind: str, first: str, use_reentrant: bool | None = None) -> Run:
     """Every rank sees every row; the base is split before the adapter is made, or after."""
     base = model_of(kind)
     if first == "split":
         model = adapted(split(base), **OPTIONS[kind])
     else:
         model = split(adapted(base, **OPTIONS[kind]))
+    if use_reentrant is not None:
+        checkpointed(model, use_reentrant)
     return train(model.to(device()))
 
 
@@ -89,6 +91,13 @@ def by_plan(folder: str) -> tuple[Run, dict[str, torch.Tensor]]:
 def test_columns_and_rows_train_what_one_process_trains(two, kind, first):
     truth = train(adapted(model_of(kind), **OPTIONS[kind]))
     for run in two.run(tensor_parallel, kind, first):
+        compare(run, truth)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_beside_a_split_base(two, use_reentrant):
+    truth = train(adapted(model_of("dora")))
+    for run in two.run(tensor_parallel, "dora", "split", use_reentrant):
         compare(run, truth)
 
 

@@ -49,6 +49,13 @@ def adapted(base: nn.Module | None = None, **options: Any) -> PeftModel:
     return model
 
 
+def checkpointed(model: PeftModel, use_reentrant: bool) -> PeftModel:
+    """The model in training mode, its blocks run once more in the backward pass."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model.train()
+
+
 def fill(model: nn.Module) -> None:
     """Give every A and B values that depend on its name alone."""
     for name, parameter in model.named_parameters():
