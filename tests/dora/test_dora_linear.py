@@ -241,12 +241,13 @@ def test_without_gradient(body, mode):
     torch.testing.assert_close(run(case, ours(body.route))["y"], torch.empty_like(y).copy_(y))
 
 
-def test_output_changed_in_place(body):
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_changed_in_place(body, bias):
     def then(change):
         return lambda function: lambda case: change(function(case) * 1 if function is reference else function(case))
 
     for change in (torch.relu_, lambda y: y.mul_(3.0), lambda y: y.add_(1.0).mul_(y.detach().clone())):
-        case = make_case(**SMALL, device=body.device)
+        case = make_case(**SMALL, device=body.device, bias=bias)
         expected = run(case, then(change)(reference))
         found = run(case, then(change)(ours(body.route)))
         for name, tensor in found.items():

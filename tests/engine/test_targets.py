@@ -1,6 +1,8 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """Which modules a config means."""
 
+from types import MappingProxyType, SimpleNamespace
+
 import pytest
 from torch import nn
 
@@ -109,3 +111,46 @@ def test_a_second_adapter_does_not_reach_into_the_first_ones_layers():
     model.add_adapter("other", LoraConfig(target_modules=r"(first|second).*"))
     layers = [name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")]
     assert layers == ["first", "second"]
+
+
+class Mixer(nn.Module):
+    """A model of one Mamba block's layers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mixer = nn.ModuleDict({"in_proj": nn.Linear(4, 4), "out_proj": nn.Linear(4, 4)})
+        self.mixer["conv1d"] = nn.Conv1d(4, 4, 1)
+        self.config = config
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"target_modules": ["in_proj", "out_proj"]},
+        {"target_modules": ["conv1d"]},
+        {"target_modules": r".*out_proj"},
+        {"target_modules": [], "target_parameters": ["out_proj.weight"]},
+    ],
+    ids=str,
+)
+def test_layers_that_mambas_kernels_read_are_refused(kind, where):
+    model = Mixer(SimpleNamespace(model_type=kind))
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=f"model_type='{kind}'.*exclude_modules"):
+        get_peft_model(model, LoraConfig(**where))
+    assert [name for name, _ in model.named_parameters()] == names
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*_proj", exclude_modules=["out_proj"]))
+    assert adapted.base_model.targeted_module_names == ["mixer.in_proj"]
+    get_peft_model(Mixer(SimpleNamespace(model_type="llama")), LoraConfig(**where))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SimpleNamespace(width=4), {"width": 4}, MappingProxyType({"width": 4}), None, "a name", object()],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_may_have_any_config(config, tmp_path):
+    model = get_peft_model(Mixer(config), LoraConfig(target_modules=["in_proj"]))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()

@@ -45,6 +45,19 @@ def _bert(head: str, num_labels: int = 3) -> Callable[[], nn.Module]:
     return build
 
 
+def _mixture(kind: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        experts = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+        widths = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12}
+        config = AutoConfig.for_model(kind, vocab_size=VOCAB, num_key_value_heads=1, **sizes, **experts, **widths)
+        return AutoModelForCausalLM.from_config(config)
+
+    return build
+
+
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -64,6 +77,9 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "bert-tokens": _bert("BertForTokenClassification"),
     "bert-qa": _bert("BertForQuestionAnswering", 2),
     "t5": _t5,
+    "mixtral": _mixture("mixtral"),
+    "qwen2-moe": _mixture("qwen2_moe"),
+    "qwen3-moe": _mixture("qwen3_moe"),
 }
 
 
@@ -161,5 +177,9 @@ CASES: dict[str, Case] = {
     "bert-features": Case("bert", {"task_type": "FEATURE_EXTRACTION", "r": 3}),
     "bert-no-task": Case("bert", {"r": 3, "target_modules": ["query", "dense"]}),
     "bert-embeddings": Case("bert", {"r": 3, "target_modules": ["word_embeddings", "value"]}),
+    # names of single experts' layers: in Mixtral and Qwen3-MoE the stacks, in Qwen2-MoE the shared expert alone
+    "mixtral": _causal("mixtral", target_modules=["q_proj", "w1", "w2", "w3"]),
+    "qwen3-moe": _causal("qwen3-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
+    "qwen2-moe": _causal("qwen2-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
     **_both("t5", Case("t5", {"task_type": "SEQ_2_SEQ_LM", "r": 3})),
 }

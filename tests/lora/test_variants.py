@@ -316,3 +316,17 @@ def test_replicated_layers_share_weights_and_have_their_own_adapters():
     assert q[1].base_layer.weight is q[2].base_layer.weight
     assert q[1].lora_A["default"].weight is not q[2].lora_A["default"].weight
     assert model(input_ids=IDS).logits.shape == (4, 5, 32)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
+def test_the_output_may_be_written_over(use_dora, shape):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"], use_dora=use_dora))
+    x = torch.randn(shape)
+    y = model(x)
+    expected = torch.autograd.grad(torch.relu(y + 1).sum(), model.base_model.model[0].lora_B["default"].weight)
+    found = torch.autograd.grad(
+        torch.relu_(model(x).add_(1)).sum(), model.base_model.model[0].lora_B["default"].weight
+    )
+    torch.testing.assert_close(found, expected)

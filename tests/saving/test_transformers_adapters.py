@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 core = pytest.importorskip("transformers.core_model_loading", reason="needs transformers 5")
@@ -17,10 +17,18 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402
 
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
+from peft import (  # noqa: E402
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils.transformers_weight_conversion import (  # noqa: E402
     FlattenDims,
     PeftConcatenate,
@@ -173,6 +181,52 @@ def test_experts_are_fused_without_changing_what_they_add(targets):
                 old = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}"
                 expected = [state[f"{old}.{n}.lora_B.weight"] @ state[f"{old}.{n}.lora_A.weight"] for n in names]
                 torch.testing.assert_close(delta[expert], torch.cat(expected))
+
+
+def qwen2_moe():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1}
+    torch.manual_seed(0)
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(vocab_size=32, num_key_value_heads=1, shared_expert_intermediate_size=12, **sizes, **experts)
+    ).eval()
+
+
+def test_experts_of_a_file_are_adapted_where_names_mean_other_layers(tmp_path):
+    """Qwen2-MoE, whose shared expert has layers of the experts' names: the file says which ones were adapted."""
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["gate_proj", "up_proj", "down_proj"])
+    fresh = get_peft_model(qwen2_moe(), config)
+    state = {key: torch.randn_like(value) for key, value in get_peft_model_state_dict(fresh).items()}
+    assert len(state) == 6 and all("shared_expert" in key for key in state)
+    experts, expected = "base_model.model.model.layers.0.mlp.experts", qwen2_moe()
+    block = expected.model.layers[0].mlp
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        for expert in range(3):
+            out, features = (16, 8) if name == "down_proj" else (8, 16)
+            state[f"{experts}.{expert}.{name}.lora_A.weight"] = torch.randn(2, features)
+            state[f"{experts}.{expert}.{name}.lora_B.weight"] = torch.randn(out, 2)
+    config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+
+    def added(path):
+        return state[f"{path}.lora_B.weight"] @ state[f"{path}.lora_A.weight"]
+
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            block.shared_expert.get_submodule(name).weight += added(
+                f"{experts.removesuffix('experts')}shared_expert.{name}"
+            )
+        for expert in range(3):
+            parts = [added(f"{experts}.{expert}.{name}") for name in ("gate_proj", "up_proj", "down_proj")]
+            block.experts.gate_up_proj[expert] += torch.cat(parts[:2])
+            block.experts.down_proj[expert] += parts[2]
+    ids = torch.tensor([[5, 3, 9, 1]])
+    model = PeftModel.from_pretrained(qwen2_moe(), tmp_path)
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    again = get_peft_model(qwen2_moe(), LoraConfig(target_modules=["q_proj"]))
+    again.load_adapter(tmp_path, "saved")
+    again.set_adapter("saved")
+    torch.testing.assert_close(again(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 CONVERTED = [

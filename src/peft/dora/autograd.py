@@ -354,10 +354,11 @@ class LinearFunction(torch.autograd.Function):
         saved = [used if ctx.needs_input_grad[1] or keep == "y" else None, h, v]
         ctx.output, ctx.factors = None, factors
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if y._is_view() or (keep == "y" and y._version):
+            # No view, which nobody could change in place, and a version of its own, counted from zero: what is not zero
+            # in the backward pass has been written over.
+            y = y.data
         if keep == "y":
-            # A version of its own, counted from zero: what is not zero in the backward pass has been written over.
-            if y._version or y._is_view():
-                y = y.data
             if hooks is None:
                 ctx.output = y.detach()
             else:

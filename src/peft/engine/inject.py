@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_patt
 from peft.utils.warning import PeftWarning
 
 from .layer import BaseTunerLayer
-from .targets import _ExcludedModule, find_minimal_target_modules
+from .targets import _ExcludedModule, find_minimal_target_modules, refuse_layers_read_by_kernels
 
 if TYPE_CHECKING:
     from peft.config import PeftConfig
@@ -108,6 +108,7 @@ def inject(
 
     Raises:
         NoMatchingPeftModuleError: Nothing in the model matches.
+        ValueError: A layer cannot be adapted in a model of this type.
     """
     names = list(adaptable_names(model))
     matches = match_modules(tuner, config, names)
@@ -120,6 +121,7 @@ def inject(
     else:
         shorten_target_modules(config, matches)
     chosen = [*chosen, *tuner._tied_to(config, model, chosen)]
+    refuse_layers_read_by_kernels(model, chosen)
     context = init_empty_weights if low_cpu_mem_usage else nullcontext
     for name in chosen:
         parent, target, target_name = _get_submodules(model, name)

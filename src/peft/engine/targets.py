@@ -180,3 +180,30 @@ def _suffixes(name: str) -> Iterable[str]:
     """Dotted suffixes of a name from the shortest to the name itself."""
     parts = name.split(".")
     return (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+
+
+# Fused kernels of these models read the weights of these layers past their forward pass: adapters on them have no effect.
+_MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_READ_BY_KERNELS = ("out_proj", "conv1d")
+
+
+def refuse_layers_read_by_kernels(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse adapters on layers of Mamba models that never run by themselves.
+
+    Args:
+        model: The base model.
+        names: Names of the modules to adapt.
+
+    Raises:
+        ValueError: One of them is such a layer.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in _MAMBA_TYPES:
+        return
+    for name in names:
+        if name.rpartition(".")[2] in _READ_BY_KERNELS:
+            raise ValueError(
+                f"{name} cannot be adapted: kernels of model_type={kind!r} read the weights of "
+                f"{' and '.join(_READ_BY_KERNELS)} past these layers. Leave them out of target_modules, or name them in "
+                "exclude_modules."
+            )

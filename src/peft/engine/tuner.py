@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -170,7 +170,9 @@ class BaseTuner(Module, ABC):
     def get_model_config(model: Module) -> dict:
         """The base model's config as a dict; a stand-in for models that have none."""
         config = getattr(model, "config", DUMMY_MODEL_CONFIG)
-        return config.to_dict() if hasattr(config, "to_dict") else config
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dict(config) if isinstance(config, Mapping) else dict(getattr(config, "__dict__", {}))
 
     # ---- injection -----------------------------------------------------------------------------------------------
     def inject_adapter(

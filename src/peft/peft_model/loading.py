@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from peft.config import PeftConfig
+from peft.engine.targets import is_transformers_model
 from peft.utils.seams import public
 from peft.utils.warning import PeftWarning
 
@@ -76,6 +78,14 @@ def read_weights(
     return load(os.fspath(model_id), device=torch_device or "cpu", key_mapping=key_mapping, **hub_arguments(kwargs))
 
 
+def fit_config(config: PeftConfig, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Let the config of an adapter of single experts name the stacks that transformers makes of them since version 5."""
+    if is_transformers_model(model) and find_spec("transformers.core_model_loading") is not None:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_saved_experts
+
+        convert_peft_config_for_saved_experts(config, model, weights)
+
+
 def from_pretrained(
     cls: type[PeftModel],
     model: nn.Module,
@@ -100,6 +110,7 @@ def from_pretrained(
     else:
         raise ValueError(f"config must be a PeftConfig, got {type(config).__name__}.")
     weights = read_weights(model, model_id, kwargs.get("torch_device"), key_mapping, kwargs)
+    fit_config(config, model, weights)
     peft_model = class_for(cls, config)(
         model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
@@ -137,6 +148,7 @@ def load_adapter(
     config = load_config(model_id, is_trainable, ephemeral_gpu_offload, kwargs) if is_new else None
     weights = read_weights(model.get_base_model(), model_id, torch_device, key_mapping, kwargs)
     if config is not None:
+        fit_config(config, model.get_base_model(), weights)
         model.add_adapter(
             adapter_name,
             config,

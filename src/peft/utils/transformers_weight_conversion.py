@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -331,6 +331,8 @@ def convert_peft_config_for_transformers(
 ) -> None:
     """Make a config that names layers of single experts mean the stacked parameters that the model has in their place.
 
+    In models alone that upstream does this in; in others names mean the layers that there are, such as shared experts.
+
     Args:
         peft_config: Config of an adapter, changed in place.
         model: The base model.
@@ -339,8 +341,33 @@ def convert_peft_config_for_transformers(
     Raises:
         ValueError: The config adapts only a part of what became one parameter, or its parts differently.
     """
-    if _fusions(conversions):
+    if _fusions(conversions) and _means_stacks(_base_model(model)):
         _convert_peft_config_moe(peft_config, model)
+
+
+def convert_peft_config_for_saved_experts(
+    peft_config: PeftConfig, model: nn.Module, saved: dict[str, torch.Tensor]
+) -> None:
+    """The same for an adapter that was saved with layers of single experts, in any model.
+
+    Args:
+        peft_config: Its config, changed in place.
+        model: The base model.
+        saved: Its tensors by saved name.
+
+    Raises:
+        ValueError: As in `convert_peft_config_for_transformers`.
+    """
+    patterns = [pattern for fusion in _fusions(get_model_conversion_mapping(model)) for pattern in fusion.patterns]
+    single = [re.escape(pattern.replace("\\", "")).replace(r"\*", r"\d+") for pattern in patterns]
+    if single and any(re.search(rf"(?:{'|'.join(single)})\.", key) for key in saved):
+        _convert_peft_config_moe(peft_config, model)
+
+
+def _means_stacks(base: nn.Module) -> bool:
+    """Whether transformers lays the model's experts out after Mixtral's or Qwen2-MoE's."""
+    kind = getattr(getattr(base, "config", None), "model_type", None)
+    return kind == "mixtral" or _MODEL_TO_CONVERSION_PATTERN.get(kind) in ("mixtral", "qwen2_moe")
 
 
 def _convert_peft_config_moe(peft_config: PeftConfig, model: nn.Module) -> None:

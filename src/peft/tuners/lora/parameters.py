@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft.engine.layer import BaseTunerLayer
+from peft.engine.targets import refuse_layers_read_by_kernels
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
@@ -33,12 +34,15 @@ def inject_parameters(
 
     Raises:
         NoMatchingPeftModuleError: There is none, and no module is adapted either.
-        ValueError: A parameter belongs to a module that is adapted as a whole.
+        ValueError: A parameter belongs to a module that is adapted as a whole, or to one that cannot be adapted in a model
+            of this type.
     """
     targets = config.target_parameters or ()
     targeted: list[str] = []
     unused = set(targets)
-    for path, name, hits in list(find_parameters(config, model)):
+    found = list(find_parameters(config, model))
+    refuse_layers_read_by_kernels(model, (path for path, _, _ in found))
+    for path, name, hits in found:
         key = f"{path}.{name}" if path else name
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             _adapt(tuner, config, model, adapter_name, path, name, key)
