@@ -135,7 +135,8 @@ def launches_of(function):
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "nf4"])
 def test_launches_beyond_the_base(batch, quantised):
-    """A decoded token: an adapter may add three launches a layer to the base's, and two to the whole model."""
+    """A decoded token: an adapter may add three launches a layer to the base's, and two to the whole model; a second one in
+    the batch, those of its own rows and of their order."""
     layers = [nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False)]
     if quantised:
         bnb = pytest.importorskip("bitsandbytes")
@@ -158,5 +159,6 @@ def test_launches_beyond_the_base(batch, quantised):
         mixed = launches_of(lambda: model(x, adapter_names=names))
     assert len(ours) <= len(base) + 3 * len(layers) + 2, ours
     # Four bits are unpacked, multiplied by cuBLAS and composed for more than one row; else one launch does it all.
-    assert len(ours) <= (3 if quantised and batch > 1 else 1) * len(layers) + 2, ours
-    assert len(mixed) <= len(base) + 5 * len(layers) + 2, mixed
+    one, two = (3, 8) if quantised and batch > 1 else (1, 6)
+    assert len(ours) <= one * len(layers) + 2, ours
+    assert len(mixed) <= two * len(layers) + 2, mixed
