@@ -195,18 +195,13 @@ class Call:
         self, x: torch.Tensor, a: torch.Tensor | None, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x Wᵀ + bias `[..., out]` and h = x Aᵀ `[..., r]`, None without A."""
-        part, *others = self.parts
-        W = self.dense(part)
-        if part is None:
-            u = F.linear(x, W, bias)
+        if self.parts is WHOLE:
+            u = F.linear(x, self.dense(), bias)
         else:
             u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
             rows, columns = x.view(-1, x.shape[-1]), u.view(-1, u.shape[-1])
-            torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
-            for part in others:
-                del W  # before there is the next one
-                W = self.dense(part)
-                torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
+            for part in self.parts:  # no two parts of W live together
+                torch.mm(rows, self.dense(part).t(), out=columns[:, part[0] : part[1]])
             if bias is not None:
                 u += bias
         return u, None if a is None else F.linear(as_dtype(x, self.branch_dtype), a)
@@ -231,27 +226,27 @@ class Call:
             return dx, None
         return dx, product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
 
-    def is_small(self, x: torch.Tensor) -> bool:
-        """Whether one kernel makes the whole output of x."""
+    def small_weight(self, x: torch.Tensor) -> tuple[torch.Tensor | None, Any] | None:
+        """What the kernel reads that makes the whole output of x, W or its stored bytes; None where it does not."""
         tokens = x.numel() // self.in_features
         if not self.triton or tokens > kernels().MOST_TOKENS or (self.packed is None and not self.is_plain):
-            return False
+            return None
         W = None if self.packed is not None else self.weight.dense()
-        return kernels().is_small(W, self.packed, self.dtype, tokens)
+        return (W, self.packed) if kernels().is_small(W, self.packed, self.dtype, tokens) else None
 
     def run_small(
         self,
         x: torch.Tensor,
+        weight: tuple[torch.Tensor | None, Any],
         factors: Factors,
         lora_bias: torch.Tensor | None,
         bias: torch.Tensor | None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y `[..., out]` of an x for which `is_small` holds, written to `out` where that is given."""
+        """y `[..., out]` by the kernel that reads `small_weight(x)`, written to `out` where that is given."""
         return kernels().small_batch(
             x,
-            None if self.packed is not None else self.weight.dense(),
-            self.packed,
+            *weight,
             factors.a,
             factors.b,
             stats=factors.stats,
@@ -289,8 +284,9 @@ class Call:
         if not x.is_contiguous():
             x = x.contiguous()
         stats = factors.stats
-        if not record and self.is_small(x):
-            return self.run_small(x, factors, lora_bias, bias), x, None, None, factors
+        small = None if record else self.small_weight(x)
+        if small is not None:
+            return self.run_small(x, small, factors, lora_bias, bias), x, None, None, factors
         with_bias = bias is not None and stats is None
         u, h = self.products(x, factors.a, as_dtype(bias.detach(), x.dtype) if with_bias else None)
         y, v = self.body.compose(
