@@ -211,19 +211,19 @@ class Call:
         self, x: torch.Tensor, a: torch.Tensor | None, bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x Wᵀ + bias `[..., out]` and h = x Aᵀ `[..., r]`, None without A."""
-        u = h = None
-        for part in self.parts:
-            W, h = self.unpack(part, x, a) if h is None else (self.dense(part), h)
-            if part is None:
-                u = F.linear(x, W, bias)
-                continue
-            if u is None:
-                u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
-            columns = u.view(-1, u.shape[-1])[:, part[0] : part[1]]
-            torch.mm(x.view(-1, x.shape[-1]), W.t(), out=columns)
-            del W  # before there is the next one
-        if self.parts is not WHOLE and bias is not None:
-            u += bias
+        h = None
+        if self.parts is WHOLE:
+            W, h = self.unpack(None, x, a)
+            u = F.linear(x, W, bias)
+        else:
+            u = x.new_empty((*x.shape[:-1], self.weight.shape[0]))
+            rows, columns = x.view(-1, x.shape[-1]), u.view(-1, u.shape[-1])
+            for part in self.parts:
+                W, h = self.unpack(part, x, a) if h is None else (self.dense(part), h)
+                torch.mm(rows, W.t(), out=columns[:, part[0] : part[1]])
+                del W  # before there is the next one
+            if bias is not None:
+                u += bias
         if a is not None and h is None:
             h = F.linear(as_dtype(x, self.branch_dtype), a)
         return u, h
@@ -249,27 +249,27 @@ class Call:
             da = product_in(dh.t(), as_dtype(x, dh.dtype).view(-1, self.in_features), a_dtype)
         return dx, da
 
-    def is_small(self, x: torch.Tensor) -> bool:
-        """Whether one kernel makes the whole output of x."""
+    def small_weight(self, x: torch.Tensor) -> tuple[torch.Tensor | None, Any] | None:
+        """What the kernel reads that makes the whole output of x, W or its stored bytes; None where it does not."""
         tokens = x.numel() // self.in_features
         if not self.triton or tokens > kernels().MOST_TOKENS or (self.packed is None and not self.is_plain):
-            return False
+            return None
         W = None if self.packed is not None else self.weight.dense()
-        return kernels().is_small(W, self.packed, self.dtype, tokens)
+        return (W, self.packed) if kernels().is_small(W, self.packed, self.dtype, tokens) else None
 
     def run_small(
         self,
         x: torch.Tensor,
+        weight: tuple[torch.Tensor | None, Any],
         factors: Factors,
         lora_bias: torch.Tensor | None,
         bias: torch.Tensor | None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """y `[..., out]` of an x for which `is_small` holds, written to `out` where that is given."""
+        """y `[..., out]` by the kernel that reads `small_weight(x)`, written to `out` where that is given."""
         return kernels().small_batch(
             x,
-            None if self.packed is not None else self.weight.dense(),
-            self.packed,
+            *weight,
             factors.a,
             factors.b,
             stats=factors.stats,
@@ -307,8 +307,9 @@ class Call:
         if not x.is_contiguous():
             x = x.contiguous()
         stats = factors.stats
-        if not record and self.is_small(x):
-            return self.run_small(x, factors, lora_bias, bias), x, None, None, factors
+        small = None if record else self.small_weight(x)
+        if small is not None:
+            return self.run_small(x, small, factors, lora_bias, bias), x, None, None, factors
         with_bias = bias is not None and stats is None
         u, h = self.products(x, factors.a, as_dtype(bias.detach(), x.dtype) if with_bias else None)
         y, v = self.body.compose(

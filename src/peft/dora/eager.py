@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from .norm import CHUNK_BYTES
+from .reference import over_norm
 
 
 def compose(
@@ -98,9 +99,7 @@ def scale_gradient(
     for start in range(0, len(dy), rows):
         block = dy[start : start + rows].to(norm.dtype) * kept[start : start + rows]
         total += block.sum(0)
-    divisor = norm if kept_is_v else norm * gain
-    zero = norm == 0
-    return t, torch.where(zero, 0.0, total / torch.where(zero, 1.0, divisor)), None
+    return t, over_norm(total, norm, None if kept_is_v else gain), None
 
 
 class DenseWeight:

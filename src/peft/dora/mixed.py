@@ -66,10 +66,11 @@ def linear_of_groups(x: torch.Tensor, weight: Any, groups: Sequence[Group]) -> t
             call.use(found.packed, found.a.shape[0])
     x = as_dtype(x, first.dtype).contiguous()
     bias = weight.bias
-    if len(groups) <= FEW_GROUPS and None not in calls and first.is_small(x):
+    small = first.small_weight(x) if len(groups) <= FEW_GROUPS and None not in calls else None
+    if small is not None:
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         for call, found, group in zip(calls, factors, groups, strict=True):
-            call.run_small(x[group.rows], found, group.lora_bias, bias, y[group.rows])
+            call.run_small(x[group.rows], small, found, group.lora_bias, bias, y[group.rows])
         return y
     y, _ = first.products(x, None)
     for call, found, group in zip(calls, factors, groups, strict=True):

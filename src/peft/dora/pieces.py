@@ -14,6 +14,7 @@ from .factors import Factors, plain_factors
 from .norm import CHUNK_BYTES, check_factors
 from .products import as_dtype, autocast_dtype, product_in, scaled_product, sum_dtype
 from .reference import gain as gain_of
+from .reference import over_norm
 from .route import Route
 
 
@@ -118,8 +119,7 @@ class ComposeFunction(torch.autograd.Function):
         if need_m:
             v = _adapted(base_out, lora_out, ctx.shift, scaling, wide)
             total = v.mul_(dy).sum(others).flatten()
-            zero = norm == 0
-            dm = torch.where(zero, 0.0, total / torch.where(zero, 1.0, norm)).to(magnitude.dtype).view(magnitude.shape)
+            dm = over_norm(total, norm).to(magnitude.dtype).view(magnitude.shape)
         if need_bias:
             dbias = ((1 - gain) * dy).sum(others).to(bias.dtype).view(bias.shape)
         return dbase, dlora, dm, dbias, None, None, None
@@ -238,8 +238,7 @@ def _branch_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, .
         total = torch.zeros_like(norm)
         for cut in _row_chunks(*dy.shape, 3, norm.itemsize):
             total += (as_dtype(dy[cut], norm.dtype) * v[cut]).sum(0)
-        zero = norm == 0
-        dm = torch.where(zero, 0.0, total / torch.where(zero, 1.0, norm)).to(magnitude.dtype).view(magnitude.shape)
+        dm = over_norm(total, norm).to(magnitude.dtype).view(magnitude.shape)
     if need_a or need_x:
         dh = scaled_product(t, b, call.scaling)
         if need_a:

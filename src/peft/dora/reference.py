@@ -30,8 +30,15 @@ def gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         magnitude: m, `out` elements of any shape; the gradient flows to it.
         norm: `[out]`.
     """
+    return over_norm(magnitude.flatten().to(norm.dtype), norm, where_zero=1.0)
+
+
+def over_norm(
+    total: torch.Tensor, norm: torch.Tensor, gain: torch.Tensor | None = None, where_zero: float = 0.0
+) -> torch.Tensor:
+    """total / norm, or with a gain total / (g∘norm), `[out]`; `where_zero` where the norm is zero."""
     zero = norm == 0
-    return torch.where(zero, 1.0, magnitude.flatten().to(norm.dtype) / torch.where(zero, 1.0, norm))
+    return torch.where(zero, where_zero, total / torch.where(zero, 1.0, norm if gain is None else norm * gain))
 
 
 def dora_linear_reference(

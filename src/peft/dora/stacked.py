@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .norm import _exact_products
 from .reference import gain as gain_of
+from .reference import over_norm
 
 
 def stacked_norm(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -97,7 +98,7 @@ class StackedFunction(torch.autograd.Function):
                 dy = dweight[i].to(norm.dtype)
                 if need_m:
                     total = _sum(W[i], A[i], B[i], ctx.scaling).mul_(dy).sum(1)
-                    dm[i] = torch.where(norm[i] == 0, 0.0, total / torch.where(norm[i] == 0, 1.0, norm[i]))
+                    dm[i] = over_norm(total, norm[i])
                 t = dy * g[:, None]
                 if need_w:
                     dw[i] = t
