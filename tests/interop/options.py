@@ -478,6 +478,10 @@ TARGETS: dict[str, Option] = {
     "parameters-gpt-oss": Option(
         "gpt-oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     ),
+    "parameters-eva": Option(
+        "mixture", {"target_modules": ["last"], "target_parameters": ["experts.up"], "init_lora_weights": "eva"},
+        after=_eva, drawn=True, there="RuntimeError",
+    ),  # fmt: skip
     "attention": Option("attention", {"target_modules": ["attention"]}, **_TWICE),
     "attention-and-head": Option("attention", {"target_modules": ["attention", "head"], "use_rslora": True}, **_TWICE),
 }  # fmt: skip

@@ -22,9 +22,10 @@ from peft.weights import find_weight
 
 from .config import LoraConfig
 from .inits.calibration import linear_targets
-from .layer import Embedding, LoraLayer, MultiheadAttention, _ConvNd
+from .layer import Embedding, LoraLayer, MultiheadAttention, ParamWrapper, _ConvNd
 
 UNSUPPORTED_LORA_MODULES = (Embedding, MultiheadAttention, _ConvNd)
+_NOT_LINEAR = (*UNSUPPORTED_LORA_MODULES, ParamWrapper)
 _MOST_PASSES = 100  # over the data, after which layers that have not converged are taken as they are
 
 
@@ -327,9 +328,7 @@ def _layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str
     adapted = {
         name: module.get_base_layer()
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and module.has_adapter(adapter_name)
-        and not isinstance(module, UNSUPPORTED_LORA_MODULES)
+        if isinstance(module, LoraLayer) and module.has_adapter(adapter_name) and not isinstance(module, _NOT_LINEAR)
     }
     return adapted or dict(linear_targets(model, config))
 
@@ -389,7 +388,7 @@ def initialize_lora_eva_weights(
             show_progress_bar=show_progress_bar,
         )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.has_adapter(adapter_name)}
-    linear = {name: m for name, m in layers.items() if not isinstance(m, UNSUPPORTED_LORA_MODULES)}
+    linear = {name: m for name, m in layers.items() if not isinstance(m, _NOT_LINEAR)}
     missing = [name for name in linear if name not in eva_state_dict]
     if missing:
         raise ValueError(f"eva_state_dict has no entry for {missing[0]}: it is another model's or adapter's.")
@@ -422,8 +421,13 @@ def _load(
 
 def _update_config(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Write the layers' names, ranks and alphas into the config."""
-    plain = {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
-    config.target_modules = list(plain)
+    plain = {}
+    for name, layer in layers.items():
+        name = name.removeprefix("base_model.model.")
+        if isinstance(layer, ParamWrapper):  # stays in target_parameters
+            name = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+        plain[name] = layer
+    config.target_modules = [name for name, layer in plain.items() if not isinstance(layer, ParamWrapper)]
     config.rank_pattern = {n: layer.r[adapter_name] for n, layer in plain.items() if layer.r[adapter_name] != config.r}
     config.alpha_pattern = {
         n: layer.lora_alpha[adapter_name]

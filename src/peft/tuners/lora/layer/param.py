@@ -68,6 +68,7 @@ class ParameterLayer(LoraLayer):
     count experts, or `blocks` of one matrix, which is zero outside them.
     """
 
+    plain_starts = frozenset(("eva",))  # which fills adapters of linear layers later
     parameter_name: str
     num_experts = 1
     is_transposed = False  # whether the parameter holds [n, in, out]
