@@ -187,3 +187,22 @@ def experts_of_an_older_file() -> float:
         loaded = peft.PeftModel.from_pretrained(base_and_input("mixture")[0], folder)
     with evaluated(model), evaluated(loaded):
         return (model(x) - loaded(x)).abs().max().item()
+
+
+@recipe
+def converted_dora(start: str) -> float:
+    """How far a trained DoRA adapter, written for the base that its start left, is from what it was."""
+    options = {"target_modules": ["first", "second"], "use_dora": True}
+    model, x = _of_base("two", filled=False, init_lora_weights=start, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(f"{folder}/start")
+        model.peft_config["default"].init_lora_weights = start
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.2)
+        model.save_pretrained(f"{folder}/plain", path_initial_model_for_weight_conversion=f"{folder}/start")
+        loaded = peft.PeftModel.from_pretrained(base_and_input("two")[0], f"{folder}/plain")
+    with evaluated(model), evaluated(loaded):
+        return (model(x) - loaded(x)).abs().max().item()

@@ -57,7 +57,11 @@ WEIGHTED: dict[str, Operation] = {
     "svd-ranks": _weighted("svd", **_OTHER_RANK),
     "linear-ranks": _weighted("linear", **_OTHER_RANK, refused="ValueError"),
     "ties-no-density": Operation("weighted", {"combination_type": "ties"}, refused="ValueError|TypeError"),
-    **{f"{kind}-nf4": _weighted(kind, base="two-nf4", low_precision=True) for kind in ("svd", "cat", "ties")},
+    **{f"{kind}-nf4": _weighted(kind, base="two-nf4", low_precision=True) for kind in TYPES},
+    **{
+        f"{kind}-dora-nf4": _weighted(kind, base="two-nf4", low_precision=True, use_dora=True, wrong=("y",))
+        for kind in TYPES
+    },
     **{f"{kind}-embedded": _weighted(kind, base="embedded") for kind in ("linear", "svd", "cat")},
 }
 _NF4 = {"base": "two-nf4"}
@@ -74,6 +78,7 @@ OPERATIONS: dict[str, Operation] = {
     "rescaled-rslora": Operation("rescaled", {"use_rslora": True}),
     "rescaled-nf4": Operation("rescaled", _NF4, low_precision=True),
     **{f"mixed-{base}": Operation("mixed_batch", {"base": base}) for base in ("two", "embedded")},
+    "rescaled-dora-nf4": Operation("rescaled", {**_NF4, "use_dora": True}, low_precision=True),
     "mixed-nf4": Operation("mixed_batch", _NF4, low_precision=True),
     "swapped": Operation("swapped"),
     "swapped-lower": Operation("swapped", {"rank": 2}),

@@ -132,6 +132,7 @@ FAULTS = (
     Fault(
         "names_of_biases", lambda names: names == [f"base_model.model.{name}.bias" for name in ("0.base_layer", "1")]
     ),
+    *(Fault("converted_dora", _is_small, arguments={"start": start}) for start in ("pissa", "olora")),
     Fault("xlora_kept", _is_true),
     Fault("on_megatron", _is_small, "KeyError"),
     Fault("on_megatron", _is_small, "ValueError", {"use_dora": True}),

@@ -18,7 +18,7 @@ from tiny_models import adapted, llama, logits, lora
 from torch import nn
 
 import peft.peft_model.saving
-from peft import LoraConfig, PeftConfig, PeftModel, PeftWarning, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftWarning, TrainableTokensConfig, get_peft_model
 from peft.peft_model.saving import without_shared_storage
 from peft.tuners.lora import LoraLayer
 
@@ -290,7 +290,7 @@ def test_heads_are_not_saved_twice(tmp_path):
 
 
 def test_conversion_is_refused_where_it_would_be_wrong(tmp_path):
-    model = adapted(use_dora=True)
+    model = get_peft_model(llama(), TrainableTokensConfig(token_indices=[1, 2]))
     model.save_pretrained(tmp_path / "initial")
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
         model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
@@ -300,7 +300,8 @@ def test_conversion_is_refused_where_it_would_be_wrong(tmp_path):
 
 def test_an_adapter_whose_start_changed_the_base_weights_becomes_a_plain_one(tmp_path):
     """W' = W − s·B₀A₀ with the adapter BA is what W is with the converted adapter, of twice the rank."""
-    for number, options in enumerate([{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 3}, "lora_alpha": 5}]):
+    patterns = {"rank_pattern": {"q_proj": 3}, "lora_alpha": 5}
+    for number, options in enumerate([{}, {"use_dora": True}, {"use_rslora": True}, patterns]):
         initial, out = tmp_path / f"initial{number}", tmp_path / f"out{number}"
         model = adapted(modules_to_save=["lm_head"], **options).train()
         model.save_pretrained(initial)

@@ -132,7 +132,8 @@ def as_plain_lora(
     """An adapter whose initialisation changed the base weights, as one for the original base weights.
 
     With W the original weight and s·B₀A₀ what initialisation moved out of it, W − s·B₀A₀ + s·BA is W plus s times the
-    product of [B, −B₀] and [A; A₀]: an ordinary adapter of twice the rank. Its scaling must stay s.
+    product of [B, −B₀] and [A; A₀]: an ordinary adapter of twice the rank. Its scaling must stay s. DoRA's norm is that of
+    the same sum, so that its magnitude stays as it is.
 
     Args:
         model: Model that holds the adapter.
@@ -142,14 +143,14 @@ def as_plain_lora(
         initial_adapter: Where it was saved before training.
 
     Raises:
-        ValueError: The tuner cannot tell what its initialisation changed, or the adapter is no sum of low-rank terms.
+        ValueError: The tuner cannot tell what its initialisation changed.
     """
     convert = getattr(model.base_model, "subtract_mutated_init", None)
-    if convert is None or getattr(config, "use_dora", False):
-        what = "DoRA scales rows of the changed weight" if convert else f"{type(model.base_model).__name__} cannot"
+    if convert is None:
         raise ValueError(
-            f"path_initial_model_for_weight_conversion={initial_adapter!r}: adapter {adapter_name!r} cannot be written "
-            f"as a plain LoRA adapter ({what}). Leave the argument out, and save the changed base model as well."
+            f"path_initial_model_for_weight_conversion={initial_adapter!r}: {type(model.base_model).__name__} has no "
+            f"subtract_mutated_init, so adapter {adapter_name!r} cannot be written for the original base model. Leave the "
+            "argument out, and save the changed base model as well."
         )
     temporary = f"{adapter_name}__initial"
     training = model.training

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
+from transformers import conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -367,7 +368,8 @@ def convert_peft_config_for_saved_experts(
 def _means_stacks(base: nn.Module) -> bool:
     """Whether transformers lays the model's experts out after Mixtral's or Qwen2-MoE's."""
     kind = getattr(getattr(base, "config", None), "model_type", None)
-    return kind == "mixtral" or _MODEL_TO_CONVERSION_PATTERN.get(kind) in ("mixtral", "qwen2_moe")
+    layouts = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return kind == "mixtral" or layouts.get(kind) in ("mixtral", "qwen2_moe")
 
 
 def _convert_peft_config_moe(peft_config: PeftConfig, model: nn.Module) -> None:

@@ -328,9 +328,7 @@ def _layers(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str
     adapted = {
         name: module.get_base_layer()
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and module.has_adapter(adapter_name)
-        and not isinstance(module, _NOT_LINEAR)
+        if isinstance(module, LoraLayer) and module.has_adapter(adapter_name) and not isinstance(module, _NOT_LINEAR)
     }
     return adapted or dict(linear_targets(model, config))
 
