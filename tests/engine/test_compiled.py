@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
 
@@ -55,6 +55,30 @@ def test_one_graph_that_follows_the_adapters(quantised, options):
         model.merge_adapter()
         check()
         torch.testing.assert_close(seen[-1], before)
+
+
+class Broken(nn.Module):
+    """Two layers, with something between them that no compiler can trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_trace_that_is_begun_anew(use_dora):
+    """Adapters in a model that is none of ours, before any call: the compiler meets the break and starts again."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["first", "second"], use_dora=use_dora, init_lora_weights=False)
+    model = inject_adapter_in_model(config, Broken())
+    compiled = torch.compile(model, backend="eager")(X)
+    torch.testing.assert_close(compiled, model(X))
 
 
 def test_one_graph_through_the_backward_pass():

@@ -90,6 +90,16 @@ def test_fusing_for_good(made):
     torch.testing.assert_close(draw(pipeline), expected["first"], **CLOSE)
 
 
+@pytest.mark.works_with("diffusers", "compiling both")
+@pytest.mark.parametrize("made", ["dit", pytest.param("unet", marks=pytest.mark.slow)], indirect=True)
+def test_a_compiled_model_draws_the_same(made):
+    torch._dynamo.reset()
+    pipeline, model, folder, expected = made
+    pipeline.load_lora_weights(folder / "first", adapter_name="first")
+    model.compile(backend="aot_eager")
+    torch.testing.assert_close(draw(pipeline), expected["first"], **CLOSE)
+
+
 @pytest.mark.works_with("diffusers", "training both")
 def test_gradients_reach_every_parameter_of_the_adapter(made):
     pipeline, model, folder, _ = made

@@ -71,7 +71,7 @@ def save_and_load(folder: str) -> torch.Tensor:
 
 
 @pytest.mark.works_with("accelerate", "`prepare` under FSDP2")
-@pytest.mark.parametrize("efficient", [False, True], ids=["", "cpu_ram_efficient_loading"])
+@pytest.mark.parametrize("efficient", [False, True], ids=["plain", "cpu_ram_efficient_loading"])
 @pytest.mark.parametrize("options", [{}, {"use_dora": False}], ids=["dora", "lora"])
 def test_what_accelerate_prepares_trains_as_one_process(two, options, efficient, tmp_path):
     truth = train(adapted(**options))

@@ -313,8 +313,13 @@ class AdapterLayer(BaseTunerLayer):
 
 
 def _name_of_plan(layer: AdapterLayer, changes: int) -> str:
-    """The method that runs a layer, chosen beside a compiler's trace; a new count of `changes` makes it ask again."""
-    return (layer.__dict__.get("_run") or layer._plan()).__name__
+    """The method that runs a layer, chosen beside a compiler's trace; a new count of `changes` makes it ask again.
+
+    The trace has seen that the layer has no `_run_name`, and must see so again where it is begun anew.
+    """
+    run = layer.__dict__.get("_run") or layer._plan()
+    layer.__dict__["_run_name"] = None
+    return run.__name__
 
 
 _name_of_plan._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import Dynamo now
