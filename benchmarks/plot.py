@@ -46,7 +46,7 @@ def draw_panel(axes, runs: dict[str, dict[str, dict]], field: str, title: str) -
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         for position, run in enumerate(runs.values()):
-            if name not in run:
+            if name not in run or run[name][field] is None:
                 continue
             unit = run.get("upstream-lora", run.get("upstream-dora", run[name]))[field]
             x = position + (i - (len(names) - 1) / 2) * width

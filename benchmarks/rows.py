@@ -99,4 +99,5 @@ def latest_runs(rows: list[dict]) -> dict[str, dict[str, dict]]:
 def join_rounds(same: list[dict]) -> dict:
     """One row for the rounds `same` of one case and implementation: that of median time, with the highest peak."""
     middle = sorted(same, key=lambda row: row["p50_ms"])[(len(same) - 1) // 2]
-    return {**middle, "peak_mib": max(row["peak_mib"] for row in same), "rounds": len(same)}
+    peaks = [row["peak_mib"] for row in same if row["peak_mib"] is not None]
+    return {**middle, "peak_mib": max(peaks, default=None), "rounds": len(same)}

@@ -66,7 +66,7 @@ def cell(run: dict[str, dict], name: str) -> str:
         return ""
     row = run[name]
     milliseconds = f"{row['p50_ms']:,.0f}" if row["p50_ms"] >= 100 else f"{row['p50_ms']:.3g}"
-    text = f"{milliseconds} / {row['peak_mib']:,.0f}"
+    text = milliseconds if row["peak_mib"] is None else f"{milliseconds} / {row['peak_mib']:,.0f}"
     if "upstream-lora" in run and IMPLEMENTATIONS[name].package == "ours":
         text += f" ({row['p50_ms'] / run['upstream-lora']['p50_ms']:.2f}×)"
     return text

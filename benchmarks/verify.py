@@ -54,6 +54,8 @@ def faults_of_fields(row: dict) -> list[str]:
     faults = []
     for name, kind in FIELDS.items():
         value = row.get(name)
+        if name == "peak_mib" and value is None and str(row.get("implementation")).endswith("-graph"):
+            continue  # not measured: the first rows of captured steps counted what is outside of the graph alone
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind):
