@@ -83,7 +83,7 @@ def assert_equal_grads(
 def config_facts(config: dict[str, Any]) -> dict[str, Any]:
     """The content of an adapter_config.json without the version that wrote it and the order of sets."""
     facts = {key: value for key, value in config.items() if key != "peft_version"}
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
         if isinstance(facts.get(key), list):
             facts[key] = sorted(facts[key])
     return facts
