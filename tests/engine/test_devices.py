@@ -1,9 +1,12 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""Adapters that are not where their base weight is: refused in words; and models without values, on the meta device."""
+"""Adapters that are not where their base weight is: brought there; and models without values, on the meta device."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import re
+import warnings
 
 import pytest
 import torch
@@ -11,7 +14,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, dora, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.engine import devices, machine
+from peft.engine.devices import brought_to_base
+from peft.tuners.lora.layer import base
+from peft.utils.warning import PeftWarning
 
 X = torch.arange(8).view(2, 4) % 5
 OPTIONS = {
@@ -71,9 +78,9 @@ def test_an_adapter_that_was_not_loaded_is_refused(kind):
     saved = adapted(**OPTIONS[kind]).eval()
     state = get_peft_model_state_dict(saved)
     model = get_peft_model(saved.unload(), saved.peft_config["default"], low_cpu_mem_usage=True).eval()
-    with pytest.raises(RuntimeError, match="load the adapter first"):
+    with pytest.raises(RuntimeError, match="load it first"):
         model(X)
-    with pytest.raises(RuntimeError, match="load the adapter first"):
+    with pytest.raises(RuntimeError, match="load it first"):
         model.merge_adapter()
     with model.disable_adapter():
         model(X)
@@ -114,23 +121,91 @@ def test_shapes_go_through_a_model_of_fake_tensors(kind):
     assert torch.isfinite(model(X)).all()
 
 
+APART = [(target, part) for target, parts in (("2", ("lora_A", "lora_B", "magnitude")), ("1", ("lora_B", "magnitude")),
+                                              ("0", ("lora_embedding_A", "magnitude"))) for part in parts]  # fmt: skip
+
+
+@pytest.mark.works_with("torch", "adapters on another device than the base")
+@pytest.mark.parametrize(("target", "part"), APART)
+def test_calls_with_an_adapter_apart(monkeypatch, target, part):
+    """There is one device here: that a parameter is on another is told to the layer, and the call fails as it would."""
+    model = adapted([target], use_dora=True, use_dora_triton=True)
+    layer = model.base_model.model[int(target)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the CPU, which has no kernels
+        expected = model(X)
+    away = [parameter for name, parameter in layer.named_parameters() if part in name]
+    why = f"{part} {target} is away"
+
+    def fail(layer, x):
+        raise RuntimeError("expected all tensors on one device")
+
+    def why_apart(layer, names, only_empty=False):
+        return why if away and not only_empty else None
+
+    def is_elsewhere(tensor, device):
+        return any(tensor is parameter for parameter in away)
+
+    for module in (machine, base):
+        monkeypatch.setattr(module, "why_apart", why_apart)
+    monkeypatch.setattr(devices, "_is_elsewhere", is_elsewhere)
+    layer.__dict__["_run"] = fail
+    routes = []
+    plan = dora.plan
+    monkeypatch.setattr(dora, "plan", lambda **options: routes.append(options["away"]) or plan(**options))
+    with pytest.warns(PeftWarning, match=why):
+        y = model(X)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(model(X), expected)
+    assert set(routes) == {why} and why in dora.explain(model)
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in away)
+    away.clear()
+    torch.testing.assert_close(model(X), expected)
+    assert layer.__dict__["_run"] is not machine.AdapterLayer._forward_apart
+
+
+def test_adapters_are_brought_for_the_call_alone():
+    layer = adapted(["2"], use_dora=True).base_model.model[2]
+    held = dict(layer.named_parameters())
+    with pytest.raises(ZeroDivisionError), brought_to_base(layer, torch.device("meta")) as any_elsewhere:
+        assert any_elsewhere and layer.lora_A["default"].weight.is_meta and not layer.base_layer.weight.is_meta
+        _ = 1 / 0
+    assert all(parameter is held[name] for name, parameter in layer.named_parameters())
+    with brought_to_base(layer, torch.device("cpu")) as any_elsewhere:
+        assert not any_elsewhere
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("triton", [False, True])
-@pytest.mark.parametrize(("kind", "part"), [case for case in CASES if case[0] == "dora"])
-def test_parts_on_the_cpu_beside_a_gpu(kind, part, triton):
+@pytest.mark.parametrize(("target", "part"), APART)
+def test_parts_on_the_cpu_beside_a_gpu(target, part, triton):
     """The kernels, which are given addresses, never see those of host memory."""
     x = X.cuda()
     for called, record in itertools.product((False, True), repeat=2):
-        model = adapted(["2"], **OPTIONS[kind], use_dora_triton=triton).cuda()
+        model = adapted([target], use_dora=True, use_dora_triton=triton).cuda()
         with torch.set_grad_enabled(record):
+            expected = copy.deepcopy(model)(x)
             if called:
-                expected = model(x)
-            move(model, part, "cpu")
-            with pytest.raises(RuntimeError, match="of adapter 'default' is on .*, the base weight on"):
                 model(x)
+            move(model, part, "cpu")
+            for _ in range(2):
+                y = model(x)
+                torch.testing.assert_close(y, expected)
+            assert not triton or re.search(
+                rf"torch \(\w*{part}\w* of adapter 'default' is on cpu, the base weight on cuda", dora.explain(model)
+            )
+            if record:
+                y.sum().backward()
+                assert all(p.grad.device == p.device for n, p in model.named_parameters() if "lora_" in n)
             move(model, part, "cuda")
-            y = model(x)
+            torch.testing.assert_close(model(x), expected)
         torch.cuda.synchronize()
-        assert torch.isfinite(y).all()
-        if called:
-            torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.gpu
+def test_input_away_from_the_base_weight():
+    model = adapted(["2"], use_dora=True).cuda()
+    move(model, "lora_A", "cpu")
+    with pytest.raises(RuntimeError, match="x must be where the base weight is"):
+        model.base_model.model[2](torch.randn(2, 4))

@@ -42,6 +42,12 @@ def base_placement(layer: BaseTunerLayer) -> tuple[torch.device | None, torch.dt
     return (None, None) if first is None else (first.device, None)
 
 
+def base_device_of(layer: BaseTunerLayer) -> torch.device | None:
+    """The device of the base weight, with its index; None if there is no base weight."""
+    device, _ = base_placement(layer)
+    return None if device is None else torch.empty(0, device=device).device
+
+
 def why_apart(layer: BaseTunerLayer, names: Iterable[str], only_empty: bool = False) -> str | None:
     """Where an adapter is that is not where the base weight is, in words; None if all are there.
 
@@ -50,12 +56,11 @@ def why_apart(layer: BaseTunerLayer, names: Iterable[str], only_empty: bool = Fa
     Args:
         layer: The layer.
         names: The adapters to look at.
-        only_empty: Look for adapters on the meta device alone.
+        only_empty: Name them only where one of the two has no values: is on the meta device.
     """
-    base_device, _ = base_placement(layer)
+    base_device = base_device_of(layer)
     if base_device is None:
         return None
-    base_device = torch.empty(0, device=base_device).device  # with its index
     for name in names:
         for attribute, slot in layer._slots():
             if name not in slot:
@@ -66,10 +71,34 @@ def why_apart(layer: BaseTunerLayer, names: Iterable[str], only_empty: bool = Fa
                 continue
             tensors = entry.parameters() if isinstance(entry, nn.Module) else (entry,)
             devices = {tensor.device for tensor in tensors} - {base_device}
-            if META in devices or (devices and not only_empty):
+            if META in devices or (devices and (not only_empty or base_device == META)):
                 where = ", ".join(map(str, devices))
                 return f"{attribute} of adapter {name!r} is on {where}, the base weight on {base_device}"
     return None
+
+
+@contextmanager
+def brought_to_base(layer: BaseTunerLayer, device: torch.device) -> Iterator[bool]:
+    """For as long as it lasts the layer's adapters are on `device`, whose gradients go to where they were before.
+
+    Yields whether any was elsewhere. What is on the meta device stays there.
+    """
+    taken = []
+    for name, child in layer._modules.items():
+        for module in () if child is None or name == "base_layer" else child.modules():
+            for tensors in (module._parameters, module._buffers):
+                taken += [(tensors, key, tensor) for key, tensor in tensors.items() if _is_elsewhere(tensor, device)]
+    for tensors, key, tensor in taken:
+        tensors[key] = tensor.to(device)
+    try:
+        yield bool(taken)
+    finally:
+        for tensors, key, tensor in taken:
+            tensors[key] = tensor
+
+
+def _is_elsewhere(tensor: torch.Tensor | None, device: torch.device) -> bool:
+    return tensor is not None and not tensor.is_meta and tensor.device != device
 
 
 def move_slot_to_base_layer(

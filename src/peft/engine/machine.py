@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from peft.utils.warning import PeftWarning
 from peft.weights import find_weight
 
-from .devices import why_apart
+from .devices import base_device_of, brought_to_base, why_apart
 from .layer import BaseTunerLayer, Changes, check_adapters_to_merge
 from .method import Folded, Method
 
@@ -96,25 +96,46 @@ class AdapterLayer(BaseTunerLayer):
         try:
             return run(self, x, *args, **kwargs)
         except RuntimeError as error:
-            self._refuse_apart([] if self.disable_adapters else self.active_adapters, error)
-            raise
+            names = [] if self.disable_adapters else {*self.active_adapters, *(kwargs.get("adapter_names") or ())}
+            why = why_apart(self, names)
+            if why is None or "_apart" in self.__dict__:
+                raise
+            self._refuse_empty(names, error)
+            if x.device != base_device_of(self):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {why}, x on {x.device}. x must be where the base weight is: move the whole "
+                    "model, model.to(device)."
+                ) from error
+        if not args and not kwargs:
+            self.__dict__["_run"] = AdapterLayer._forward_apart
+        return self._forward_apart(x, *args, **kwargs)
 
-    def _refuse_apart(self, names: list[str], error: RuntimeError | None = None, only_empty: bool = False) -> None:
-        """Raise where one of the adapters is not on the base weight's device, which made a call fail with `error`.
+    def _forward_apart(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A call with adapters that are not where the base weight is: they are brought there for its duration."""
+        self._refuse_empty(self.active_adapters)
+        self.__dict__["_apart"] = why_apart(self, [*self.active_adapters, *(kwargs.get("adapter_names") or ())])
+        try:
+            with brought_to_base(self, x.device) as any_elsewhere:
+                if any_elsewhere:
+                    return self._forward_general(x, *args, **kwargs)
+        finally:
+            del self.__dict__["_apart"]
+        self._replan()  # they are together again
+        return self.forward(x, *args, **kwargs)
 
-        With `only_empty` only adapters on the meta device are refused.
-        """
-        why = why_apart(self, names, only_empty)
+    def _refuse_empty(self, names: Iterable[str], error: RuntimeError | None = None) -> None:
+        """Raise where one of the adapters, or the base weight alone, is on the meta device; that made a call fail with
+        `error`."""
+        why = why_apart(self, names, only_empty=True)
         if why is not None:
             raise RuntimeError(
-                f"{type(self).__name__}: {why}. Both must be on one device: move the whole model, model.to(device). A "
-                "tensor on the meta device has no values: load the adapter first."
+                f"{type(self).__name__}: {why}. A tensor on the meta device has no values: load it first."
             ) from error
 
     def _plan(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         """Work out how calls run, and note it."""
         if not self.disable_adapters:  # a product with a tensor on meta may be rubbish and no error
-            self._refuse_apart(self.active_adapters, only_empty=True)
+            self._refuse_empty(self.active_adapters)
         run = self.__dict__["_run"] = self._plan_run()
         self.__dict__["_run_name"] = run.__name__
         return run
@@ -238,7 +259,7 @@ class AdapterLayer(BaseTunerLayer):
             RuntimeError: An adapter cannot be folded into this layer; of the class that its method names. Or it has no
                 values.
         """
-        self._refuse_apart(names, only_empty=True)
+        self._refuse_empty(names)
         for name in names:
             method = self.method(name) if self.has_adapter(name) else None
             why_not = None if method is None else method.why_not_foldable(self, name) or self._why_not_writable()

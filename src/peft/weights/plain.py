@@ -41,8 +41,8 @@ class PlainWeight(BaseWeight):
         return False
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        # By the module's own look-up it costs as much as a launch. It is elsewhere where it is computed or gathered.
-        weight = self.layer._parameters.get("weight")
+        # By the module's own look-up it costs as much as a launch. It is not there where it is computed, gathered or read.
+        weight = self.layer.__dict__.get("_parameters", {}).get("weight")
         matrix = self._view(self.layer.weight if weight is None else weight)
         return matrix if dtype is None or dtype == matrix.dtype else matrix.to(dtype)
 

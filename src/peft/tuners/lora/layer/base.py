@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft import dora
+from peft.engine.devices import why_apart
 from peft.engine.machine import AdapterLayer
 from peft.engine.method import Method
 from peft.utils.warning import PeftWarning
@@ -367,8 +368,8 @@ class LoraLayer(AdapterLayer):
             cache = self._norm_caches[name] = dora.NormCache()
         return cache
 
-    def dora_route(self, name: str) -> dora.Route:
-        """Which body of the DoRA engine runs for an adapter, and why."""
+    def dora_route(self, name: str, away: str | None = None) -> dora.Route:
+        """Which body of the DoRA engine runs for an adapter, and why; PyTorch's where it is `away` from the base weight."""
         slot = self.lora_A if name in self.lora_A else self.lora_embedding_A
         weight = self.norm_weight()
         return dora.plan(
@@ -376,14 +377,14 @@ class LoraLayer(AdapterLayer):
             dtype=weight.dtype,
             want_triton=self._use_dora_triton.get(name, False) if name in self.lora_magnitude_vector else None,
             kind=self.dora_kind,
-            away=getattr(weight, "away", None),
+            away=away or self.__dict__.get("_apart") or getattr(weight, "away", None),
         )
 
     dora_kind = "linear"
 
     def dora_routes(self) -> dict[str, dora.Route]:
         """The route of every DoRA adapter of this layer."""
-        return {name: self.dora_route(name) for name in self.lora_magnitude_vector}
+        return {name: self.dora_route(name, why_apart(self, [name])) for name in self.lora_magnitude_vector}
 
     def _replan(self) -> None:
         super()._replan()

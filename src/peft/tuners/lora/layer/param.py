@@ -122,11 +122,11 @@ class ParameterLayer(LoraLayer):
     def dora_norm(self, name: str) -> torch.Tensor:
         return self.weight_norm(name).flatten()
 
-    def dora_route(self, name: str) -> dora.Route:
+    def dora_route(self, name: str, away: str | None = None) -> dora.Route:
         """PyTorch, as the module makes its products itself."""
         weight = self.get_base_layer()._parameters[self.blocks[0].parameter]
         want = self._use_dora_triton.get(name, False)
-        return dora.plan(device=weight.device, dtype=weight.dtype, want_triton=want, kind=self.dora_kind)
+        return dora.plan(device=weight.device, dtype=weight.dtype, want_triton=want, kind=self.dora_kind, away=away)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     @contextmanager
