@@ -88,7 +88,7 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
             a, b = a.to(wide), b.to(wide)
         for start in range(0, out, rows):
             stop = min(start + rows, out)
-            base = weight.rows(start, stop, wide)
+            base = weight.rows(start, stop, wide).detach()
             if a.dtype == wide:
                 into = None if room is None else room[: stop - start]
                 total = torch.addmm(base, b[start:stop], a, alpha=scaling, out=into)
