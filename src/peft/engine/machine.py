@@ -96,19 +96,29 @@ class AdapterLayer(BaseTunerLayer):
         try:
             return run(self, x, *args, **kwargs)
         except RuntimeError as error:
-            names = [] if self.disable_adapters else {*self.active_adapters, *(kwargs.get("adapter_names") or ())}
-            why = why_apart(self, names)
-            if why is None or "_apart" in self.__dict__:
+            if not self._fails_apart(x, kwargs.get("adapter_names") or (), error):
                 raise
-            self._refuse_empty(names, error)
-            if x.device != base_device_of(self):
-                raise RuntimeError(
-                    f"{type(self).__name__}: {why}, x on {x.device}. x must be where the base weight is: move the whole "
-                    "model, model.to(device)."
-                ) from error
         if not args and not kwargs:
             self.__dict__["_run"] = AdapterLayer._forward_apart
         return self._forward_apart(x, *args, **kwargs)
+
+    def _fails_apart(self, x: torch.Tensor, adapter_names: Iterable[str], error: RuntimeError) -> bool:
+        """Whether a call failed with `error` because adapters are not where the base weight is, to which they can be brought.
+
+        Raises:
+            RuntimeError: They cannot: something of them is on the meta device, or x is elsewhere.
+        """
+        names = [] if self.disable_adapters else {*self.active_adapters, *adapter_names}
+        why = why_apart(self, names)
+        if why is None or "_apart" in self.__dict__:
+            return False
+        self._refuse_empty(names, error)
+        if x.device != base_device_of(self):
+            raise RuntimeError(
+                f"{type(self).__name__}: {why}, x on {x.device}. x must be where the base weight is: move the whole model, "
+                "model.to(device)."
+            ) from error
+        return True
 
     def _forward_apart(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A call with adapters that are not where the base weight is: they are brought there for its duration."""
