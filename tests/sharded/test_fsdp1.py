@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ddp_fsdp2 import Collectives, logits_around_writes, logits_around_writes_alone, sharded
+from test_ddp_fsdp2 import Collectives, logits_around_writes, logits_around_writes_alone, sharded, shards_by_name
 from tiny import Run, adapted, base_model, batches, checkpointed, compare, gradients_of, parameters_of, train, worst
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -92,9 +92,19 @@ def mixed(options: dict[str, Any], use_orig_params: bool, units: str) -> Run:
         return fsdp1(options, use_orig_params, units, mixed_precision=precision)
 
 
+def spread(options: dict[str, Any], units: str, quantised: dict | None) -> nn.Module:
+    """An adapted model in FSDP: in its first version, or for units named "fsdp2 …" in its second."""
+    model = adapted(base(quantised, device()), **options)
+    return sharded(model, units.split()[1]) if units.startswith("fsdp2 ") else wrapped(model, True, units)
+
+
+def shards_held(outer: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return flat_shards(outer) if isinstance(outer, FSDP) else shards_by_name(outer)
+
+
 def large_collectives(options: dict[str, Any], units: str, smallest: int, quantised: dict | None = None) -> int:
     """How many collectives of one forward and backward pass bring at least so many entries together."""
-    outer = wrapped(adapted(base(quantised, device()), **options), True, units)
+    outer = spread(options, units, quantised)
     ids = batches()[0].to(device())
     with Collectives() as seen:
         outer(input_ids=ids, labels=ids).loss.backward()
@@ -124,12 +134,13 @@ def logits_around_writes_to_flat_shards(units: str) -> list[torch.Tensor]:
 
 def packed_logits(units: str, write: str) -> torch.Tensor:
     """The logits of a packed model; "before" or "after" a pass all stored bytes are inverted and all B doubled."""
-    outer = wrapped(adapted(base(PACKED["nf4"], device())), True, units)
+    outer = spread({}, units, PACKED["nf4"])
+    held = shards_held(outer)
     ids = batches()[0].to(device())
     with torch.no_grad():
         if write == "after":
             outer(input_ids=ids)
-        for name, shard in flat_shards(outer) if write != "never" else ():
+        for name, shard in held if write != "never" else ():
             if "base_layer" in name:
                 inverted = shard.view(torch.uint8).bitwise_not()
                 shard.view(torch.uint8).copy_(inverted)
@@ -243,7 +254,10 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("units", ["policy", "leaves"])
+PACKED_UNITS = ["policy", "leaves", "fsdp2 blocks", "fsdp2 leaves"]
+
+
+@pytest.mark.parametrize("units", PACKED_UNITS)
 @pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])
 def test_a_pass_gathers_no_weight_more_than_for_lora(two, quantised, units):
     smallest = 32 * 64 // (1 if quantised is None else 8)  # half a key's weight: what one of two ranks holds of it
@@ -251,7 +265,7 @@ def test_a_pass_gathers_no_weight_more_than_for_lora(two, quantised, units):
     assert two.run(large_collectives, {}, units, smallest, quantised) == lora and min(lora) > 0
 
 
-@pytest.mark.parametrize("units", ["policy", "leaves"])
+@pytest.mark.parametrize("units", PACKED_UNITS)
 def test_a_write_to_packed_shards_is_seen_by_the_next_pass(two, units):
     results = zip(*(two.run(packed_logits, units, write) for write in ("never", "before", "after")), strict=True)
     for never, before, after in results:
