@@ -131,12 +131,14 @@ def test_what_four_ranks_save_one_process_loads(four, saver, tmp_path):
 
 
 # ---- several ranks load --------------------------------------------------------------------------------------------
-def load_fsdp2(folder: str, units: str, when: str, settings: str = "plain") -> torch.Tensor:
+def load_fsdp2(
+    folder: str, units: str, when: str, settings: str = "plain", quantised: dict | None = None
+) -> torch.Tensor:
     """The logits of a model that reads a saved adapter before it is sharded, or into its shards."""
     if when == "before":
-        model = PeftModel.from_pretrained(base_model(device()), folder, is_trainable=True)
+        model = PeftModel.from_pretrained(one_process(quantised, device()), folder, is_trainable=True)
         return logits(sharded(model, units, **policy(settings)))
-    model = blank(sharded(adapted(base_model(device())), units, **policy(settings)))
+    model = blank(sharded(adapted(one_process(quantised, device())), units, **policy(settings)))
     result = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
     assert not result.missing_keys and not result.unexpected_keys
     assert all(hasattr(parameter, "placements") for _, parameter in trained(model))
@@ -174,10 +176,11 @@ def load_second(folder: str) -> torch.Tensor:
 @pytest.mark.works_with("torch", "adapters saved by one, loaded by four ranks")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("units", ["blocks", "leaves"])
-def test_what_one_process_saves_four_ranks_load(four, units, when, tmp_path):
-    truth = changed(adapted())
+@pytest.mark.parametrize("quantised", [None, PACKED["nf4"]], ids=["plain", "nf4"])
+def test_what_one_process_saves_four_ranks_load(four, quantised, units, when, tmp_path):
+    truth = changed(adapted(one_process(quantised)))
     truth.save_pretrained(tmp_path)
-    for found in four.run(load_fsdp2, str(tmp_path), units, when):
+    for found in four.run(load_fsdp2, str(tmp_path), units, when, "plain", quantised):
         torch.testing.assert_close(found, logits(truth))
 
 
