@@ -78,9 +78,9 @@ def test_an_adapter_that_was_not_loaded_is_refused(kind):
     saved = adapted(**OPTIONS[kind]).eval()
     state = get_peft_model_state_dict(saved)
     model = get_peft_model(saved.unload(), saved.peft_config["default"], low_cpu_mem_usage=True).eval()
-    with pytest.raises(RuntimeError, match="load it first"):
+    with pytest.raises(RuntimeError, match="load the adapter"):
         model(X)
-    with pytest.raises(RuntimeError, match="load it first"):
+    with pytest.raises(RuntimeError, match="load the adapter"):
         model.merge_adapter()
     with model.disable_adapter():
         model(X)

@@ -81,7 +81,9 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
     # At most four matrices of a chunk live together: W as stored and in the wide dtype, the product, the sum.
     most = min(CHUNK_BYTES, HOST_CHUNK_BYTES) if a.device.type == "cpu" else CHUNK_BYTES
     rows = max(1, most // (4 * wide.itemsize * max(features, 1)))
-    reuses = type(a) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+    # The sum's room is kept from chunk to chunk, but where reading a chunk takes more of it.
+    keeps = getattr(weight, "format", None) == "plain" and type(a) is torch.Tensor
+    keeps = keeps and not torch._C._are_functorch_transforms_active()
     room, norms = None, []
     with _exact_products(a.device.type):
         if not _has_wide_product(a):
@@ -92,7 +94,7 @@ def row_norm_torch(weight: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
             if a.dtype == wide:
                 into = None if room is None else room[: stop - start]
                 total = torch.addmm(base, b[start:stop], a, alpha=scaling, out=into)
-                room = total if reuses and room is None else room  # no chunk that follows is larger
+                room = total if keeps and room is None else room  # no chunk that follows is larger
             else:
                 total = torch.mm(b[start:stop], a, out_dtype=wide).mul_(scaling).add_(base)
             norms.append(torch.linalg.vector_norm(total, dim=1))

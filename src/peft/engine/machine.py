@@ -139,7 +139,7 @@ class AdapterLayer(BaseTunerLayer):
         why = why_apart(self, names, only_empty=True)
         if why is not None:
             raise RuntimeError(
-                f"{type(self).__name__}: {why}. A tensor on the meta device has no values: load it first."
+                f"{type(self).__name__}: {why}. A tensor on the meta device has no values: load the adapter, or the base, first."
             ) from error
 
     def _plan(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
