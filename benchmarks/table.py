@@ -41,13 +41,16 @@ NOTHING = (
 
 @dataclass(frozen=True)
 class Quoted:
-    """What a page quotes: the cases of some kinds, or all that were measured with one of `needed`; of `columns`."""
+    """What a page quotes: the cases of some kinds that were measured with one of `needed`, but for the tiny ones, which only
+    say that the harness works; of `columns`."""
 
     kinds: tuple[str, ...]
     columns: list[str]
     needed: tuple[str, ...] = tuple(COLUMNS)
 
     def wants(self, case: str, run: dict[str, dict]) -> bool:
+        if case.startswith("tiny"):
+            return False
         return CASES[case].kind in self.kinds and any(name in run for name in self.needed)
 
 
@@ -111,10 +114,13 @@ def sentence_of(path: Path) -> str | None:
 
 
 def results(quoted: Quoted) -> str:
-    """The tables of every GPU that has rows, or the sentence that says how to get them; then what the curves say."""
+    """The tables of every GPU that has rows, or the sentence that says how to get them; those of CPUs; then what the curves
+    say."""
     curves = [sentence_of(path) for path in files() if has_curves(path)]
-    tables = [table_of(path, quoted) for path in files() if not has_curves(path) and not path.name.startswith("cpu")]
-    return "\n\n".join(filter(None, [*tables, *curves] if any(tables) else [NOTHING, *curves]))
+    tables = {path.name: table_of(path, quoted) for path in files() if not has_curves(path)}
+    gpus = [table for name, table in tables.items() if table and not name.startswith("cpu")]
+    cpus = [table for name, table in tables.items() if name.startswith("cpu")]
+    return "\n\n".join(filter(None, [*(gpus or [NOTHING]), *cpus, *curves]))
 
 
 def main() -> int:
