@@ -73,14 +73,6 @@ class AutoBitNetWeight(StoredWeight):
     format = "bitnet"
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.layer.weight.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
-
-    @property
     def bias(self) -> torch.Tensor | None:
         """The bias as it is added: the layer multiplies it by the scale too."""
         bias = self.layer.bias

@@ -44,10 +44,6 @@ class Float8Weight(MaybePlainWeight):
         return self.layer.weight.element_size() > 1
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.layer.weight.shape)
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.layer.weight.dtype if self.is_plain else torch.float32
 

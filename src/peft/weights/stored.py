@@ -18,7 +18,15 @@ no_dispatch = torch._C.DisableTorchFunctionSubclass
 
 class StoredWeight(BaseWeight):
     """A weight that is read by rows from the tensors that `tensors` names, kept by copies of them, and told by their
-    stamps."""
+    stamps; of the shape and dtype of the layer's `weight`, where a format does not say otherwise."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.layer.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.weight.dtype
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -28,14 +28,6 @@ class TeWeight(MaybePlainWeight):
         return type(self.layer.weight) in (nn.Parameter, torch.Tensor)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.layer.weight.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
-
-    @property
     def bias(self) -> torch.Tensor | None:
         """The bias [out]; the library keeps an empty one where there is none."""
         bias = getattr(self.layer, "bias", None)

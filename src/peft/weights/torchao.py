@@ -43,14 +43,6 @@ class TorchaoWeight(StoredWeight):
             )
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.layer.weight.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
-
-    @property
     def differentiable(self) -> bool:
         return _dequantises(self.layer.weight) and not self._rounds_input()
 
