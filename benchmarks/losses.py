@@ -20,9 +20,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from measure import MARK, SEED, device_name, seed_factors, versions_of
+from measure import SEED, device_name, seed_factors, versions_of
 from registry import IMPLEMENTATIONS, PRECISIONS
-from rows import CURVES, ROOT, SOURCE, append, commit, path_of, source_digest
+from rows import CURVES, MARK, ROOT, SOURCE, append, commit, path_of, source_digest
 from run import find_peer, start
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_cosine_schedule_with_warmup
 

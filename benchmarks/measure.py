@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from registry import CASES, IMPLEMENTATIONS, PACKED, Case, Implementation
+from rows import MARK, READY
 from steps import SEED, adapter_name, loss_of, make_step, stored_dtype
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-MARK, READY = "ROW ", "READY"
 WITHOUT_MASK = "sdpa_without_mask"
 
 

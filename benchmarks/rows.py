@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCE = ROOT / "src"
+MARK, READY = "ROW ", "READY"  # what a measuring process says: its row after MARK, and that it waits for its turn
 
 
 def source_digest() -> str:

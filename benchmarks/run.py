@@ -27,10 +27,9 @@ from pathlib import Path
 
 import torch
 from registry import CASES, IMPLEMENTATIONS, PACKED, implementations_of, predict_ms
-from rows import ROOT, SOURCE, append, commit, path_of, read, source_digest
+from rows import MARK, READY, ROOT, SOURCE, append, commit, path_of, read, source_digest
 from verify import TESTS
 
-MARK, READY = "ROW ", "READY"
 TIMEOUT_S = 3600
 
 

@@ -27,10 +27,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from measure import MARK, add_adapter, build_base, device_name, timed_steps, versions_of
+from measure import add_adapter, build_base, device_name, timed_steps, versions_of
 from registry import CASES as SINGLE
 from registry import IMPLEMENTATIONS, LLAMA_8B, LLAMA_70B, Case, Implementation
-from rows import RESULTS, ROOT, SOURCE, append, commit, path_of, source_digest
+from rows import MARK, RESULTS, ROOT, SOURCE, append, commit, path_of, source_digest
 from run import MeasurementError, environment_of, find_peer
 from steps import LEARNING_RATE, SEED, make_step, stored_dtype
 from torch import nn
