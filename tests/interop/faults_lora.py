@@ -142,17 +142,22 @@ def names_of_biases() -> list[str]:
     return sorted(key for key in peft.get_peft_model_state_dict(model) if "bias" in key)
 
 
+def _apart_when_read(model: peft.PeftModel, x: torch.Tensor, base: str, tensors: dict[str, torch.Tensor]) -> float:
+    """How far an adapter whose file holds `tensors` is, once it is loaded, from `model`."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        save_file(tensors, Path(folder, "adapter_model.safetensors"))
+        loaded = peft.PeftModel.from_pretrained(base_and_input(base)[0], folder)
+    with evaluated(model), evaluated(loaded):
+        return (model(x) - loaded(x)).abs().max().item()
+
+
 @recipe
 def biases_of_an_old_file() -> float:
     """How far an adapter with trained biases is from what it was, its file named as releases 0.4 to 0.6 did."""
     model, x = _of_base("two", target_modules=["first"], bias="lora_only")
     tensors = {key.replace(".base_layer.", "."): value for key, value in peft.get_peft_model_state_dict(model).items()}
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        save_file(tensors, Path(folder, "adapter_model.safetensors"))
-        loaded = peft.PeftModel.from_pretrained(base_and_input("two")[0], folder)
-    with evaluated(model), evaluated(loaded):
-        return (model(x) - loaded(x)).abs().max().item()
+    return _apart_when_read(model, x, "two", tensors)
 
 
 @recipe
@@ -181,12 +186,7 @@ def experts_of_an_older_file() -> float:
         a, b = state[key].unflatten(0, (n, -1)), state[other].unflatten(1, (-1, n))
         state[key] = b.permute(2, 1, 0).flatten(0, 1).contiguous()
         state[other] = a.permute(2, 1, 0).flatten(1, 2).contiguous()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        save_file(state, Path(folder, "adapter_model.safetensors"))
-        loaded = peft.PeftModel.from_pretrained(base_and_input("mixture")[0], folder)
-    with evaluated(model), evaluated(loaded):
-        return (model(x) - loaded(x)).abs().max().item()
+    return _apart_when_read(model, x, "mixture", state)
 
 
 @recipe
