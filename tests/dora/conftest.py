@@ -8,15 +8,16 @@ from dora_truth import BODIES
 from peft.dora.route import interpreting, triton_is_installed
 
 
-@pytest.fixture(
-    params=[
-        "torch",
-        pytest.param("torch_gpu", marks=pytest.mark.gpu),
-        pytest.param("triton", marks=pytest.mark.gpu),
-        "interpreter",
-    ]
-)
-def body(request):
+def pytest_generate_tests(metafunc):
+    """A module whose `PARTS` is true runs on the bodies without whole launches too."""
+    if "body" in metafunc.fixturenames:
+        names = [name for name, body in BODIES.items() if body.whole or getattr(metafunc.module, "PARTS", False)]
+        marked = [pytest.param(name, marks=pytest.mark.gpu if BODIES[name].device == "cuda" else ()) for name in names]
+        metafunc.parametrize("body", marked, indirect=True)
+
+
+@pytest.fixture
+def body(request, monkeypatch):
     chosen = BODIES[request.param]
     if chosen.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -24,6 +25,10 @@ def body(request):
         pytest.skip("TRITON_INTERPRET=1 runs on the CPU")
     if chosen.name == "interpreter" and not (triton_is_installed() and interpreting()):
         pytest.skip("runs with TRITON_INTERPRET=1, from test_dora_interpreter.py")
+    if not chosen.whole:
+        from peft.dora.kernels import whole
+
+        monkeypatch.setattr(whole, "MOST_WORK", 1)
     return chosen
 
 

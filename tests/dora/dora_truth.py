@@ -19,12 +19,14 @@ NAMES = ("x", "A", "B", "magnitude", "lora_bias", "bias")
 
 
 class Body(NamedTuple):
-    """Where tensors go, what to pass as a route, and the dtypes in which it can be trusted."""
+    """Where tensors go, what to pass as a route, the dtypes in which it can be trusted, and whether whole passes may be one
+    launch."""
 
     name: str
     device: str
     route: Route
     dtypes: tuple[torch.dtype, ...]
+    whole: bool = True
 
 
 LOW = (torch.float16, torch.bfloat16)
@@ -34,6 +36,9 @@ BODIES = {
     "triton": Body("triton", "cuda", Route("triton", "test"), (torch.float32, *LOW)),
     # The interpreter multiplies bfloat16 as the integers that hold it.
     "interpreter": Body("interpreter", "cpu", Route("triton", "test"), (torch.float32, torch.float16)),
+    # As for more tokens or a larger layer than the others' tests have.
+    "triton_parts": Body("triton", "cuda", Route("triton", "test"), LOW, whole=False),
+    "interpreter_parts": Body("interpreter", "cpu", Route("triton", "test"), (torch.float16,), whole=False),
 }
 
 

@@ -13,6 +13,7 @@ from peft import dora
 from peft.dora.eager import DenseWeight
 from peft.dora.factors import NormCache
 
+PARTS = True
 RANKS = (1, 3, 8, 12, 16, 17, 64, 384, 520)  # 520: cuBLAS adds the branch in low precision too
 SMALL = {"tokens": (2, 9), "in_features": 33, "out_features": 37}
 

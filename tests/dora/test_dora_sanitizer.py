@@ -59,6 +59,9 @@ LAYERS = {
     "a large rank": (lambda device: plain(device, torch.float16), torch.float16, 80, (True, False)),
     "plain LoRA": (lambda device: plain(device, torch.float16), torch.float16, 8, (False, True)),
     "nf4": (lambda device: quantised("nf4", OUT, IN, device, dtype=torch.float16), torch.float16, 16, (True, False)),
+    "nf4, a large rank": (
+        lambda device: quantised("nf4", OUT, IN, device, dtype=torch.float16), torch.float16, 40, (True, False)
+    ),
     "fp4, odd": (lambda device: quantised("fp4", OUT, 35, device, nested=False), torch.float32, 1, (True, False)),
     "int8": (lambda device: quantised("int8", OUT, IN, device), torch.float16, 5, (True, False)),
     "gptq": (grouped(GptqWeight, layouts.gptq, 3, 32, act_order=True), torch.float16, 5, (True, False)),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .autograd import Call, find_call
+from .call import Call, find_call
 from .factors import Factors, NormCache
 from .norm import check_factors
 from .products import as_dtype
@@ -63,7 +63,7 @@ def linear_of_groups(x: torch.Tensor, weight: Any, groups: Sequence[Group]) -> t
     first = next(call for call in calls if call is not None)
     for call, found in zip(calls, factors, strict=True):
         if call is not None:
-            call.use(found.packed, found.a.shape[0])
+            call.use(found.packed)
     x = as_dtype(x, first.dtype).contiguous()
     bias = weight.bias
     small = first.small_weight(x) if len(groups) <= FEW_GROUPS and None not in calls else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .autograd import Call, find_call
+from .call import Call, find_call
 from .factors import Factors, plain_factors
 from .norm import CHUNK_BYTES, check_factors
 from .products import as_dtype, autocast_dtype, product_in, scaled_product, sum_dtype
@@ -245,6 +245,6 @@ def _branch_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, .
             da = product_in(dh.t(), as_dtype(x.reshape(-1, shape[-1]), dh.dtype), a_dtype)
         if need_x:
             base_gradient = torch.mul(dy, gain - 1, out=torch.empty_like(dy, dtype=call.dtype))
-            dx, _ = call.input_gradients(base_gradient, dh, a, None, a.dtype)
+            dx, _ = call.product_gradients(base_gradient, dh, a, None, a.dtype)
             dx = dx.to(x_dtype).view(shape)
     return dx, da, db, dm, dc, None, None

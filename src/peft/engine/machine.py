@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -87,7 +87,7 @@ class AdapterLayer(BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not args and not kwargs:
             if torch.compiler.is_compiling():
-                return getattr(self, self._run_name or _name_of_plan(self, self._changes))(x)
+                return getattr(self, self._run_name or _name_of_plan(id(self), self._changes))(x)
             run = self.__dict__.get("_run")
             if run is None:
                 run = self._plan()
@@ -141,6 +141,14 @@ class AdapterLayer(BaseTunerLayer):
             raise RuntimeError(
                 f"{type(self).__name__}: {why}. A tensor on the meta device has no values: load the adapter, or the base, first."
             ) from error
+
+    def _replan(self) -> None:
+        super()._replan()
+        _layers[id(self)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _layers[id(self)] = self
 
     def _plan(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         """Work out how calls run, and note it."""
@@ -343,11 +351,16 @@ class AdapterLayer(BaseTunerLayer):
             assign(base_layer.bias, journal.bias)
 
 
-def _name_of_plan(layer: AdapterLayer, changes: int) -> str:
+_layers: WeakValueDictionary[int, AdapterLayer] = WeakValueDictionary()
+
+
+def _name_of_plan(identity: int, changes: int) -> str:
     """The method that runs a layer, chosen beside a compiler's trace; a new count of `changes` makes it ask again.
 
-    The trace has seen that the layer has no `_run_name`, and must see so again where it is begun anew.
+    The layer is told by its `id`, since torch 2.11 takes no module for a constant. The trace has seen that the layer has
+    no `_run_name`, and must see so again where it is begun anew.
     """
+    layer = _layers[identity]
     run = layer.__dict__.get("_run") or layer._plan()
     layer.__dict__["_run_name"] = None
     return run.__name__

@@ -11,6 +11,7 @@ from .packed_groups import dequantise_groups
 from .refresh import Batch, Member, kind_of, row_norm
 from .row_norm import GROUPED, source_of
 from .small_batch import MOST_TOKENS, is_small, small_batch
+from .whole import most_whole, whole_bwd, whole_fwd
 
 __all__ = [
     "MOST_TOKENS",
@@ -22,12 +23,15 @@ __all__ = [
     "goes_beside",
     "is_small",
     "kind_of",
+    "most_whole",
     "row_norm",
     "row_parts",
     "scale_gradient",
     "small_batch",
     "source_of",
     "unpack_beside",
+    "whole_bwd",
+    "whole_fwd",
 ]
 
 PART_BYTES = 256 * 2**20  # larger products take no longer in parts of this size

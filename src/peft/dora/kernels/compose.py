@@ -228,12 +228,12 @@ def scale_gradient(
     partial = ready = None
     if parts > 1:
         partial = torch.empty(parts * out_features * (1 + rank), dtype=torch.float32, device=dy.device)
-        ready = _counters(dy.device, columns)
+        ready = counters(dy.device, columns)
     launch(dy, kept, stats, h if rank else None, t, dm, db, partial, ready)
     return t, dm, db
 
 
-def _counters(device: torch.device, columns: int) -> torch.Tensor:
+def counters(device: torch.device, columns: int) -> torch.Tensor:
     """Zeros that every launch leaves as zeros; kept for each stream, whose launches come one after the other, and new for
     a graph that is captured, which may run beside others."""
     place = None
