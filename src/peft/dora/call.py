@@ -29,7 +29,7 @@ def find_call(
     """The `Call` for these arguments: the cache's last one while it fits."""
     kind = "cuda" if x.is_cuda else x.device.type
     autocast = autocast_dtype(kind)
-    mode = x.dtype, A.dtype, B.dtype, autocast, scaling, kind, A.device, B.device, len(A)
+    mode = x.dtype, A.dtype, B.dtype, autocast, scaling, kind, A.device, B.device, A.size(0)
     call = None if cache is None else cache.call
     if call is None or call.mode != mode or call.weight is not weight or call.route is not route:
         call = Call(mode, x, weight, cache, route)

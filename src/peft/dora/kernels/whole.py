@@ -154,13 +154,23 @@ class WholeTiles(NamedTuple):
     group: int
 
 
+TILES = (
+    WholeTiles(128, 256, 64, 8, 3, 8),
+    WholeTiles(128, 128, 64, 8, 4, 8),
+    WholeTiles(64, 128, 64, 4, 4, 8),
+    WholeTiles(64, 64, 128, 4, 3, 8),
+)
+ENOUGH = 100  # programs for an H100's 132 multiprocessors
+
+
 def whole_tiles(tokens: int, columns: int) -> WholeTiles:
-    """Tiles for an output of `columns` columns: large ones where there are enough of them for an H100."""
+    """The largest tiles of which an output of `columns` columns has enough, as measured; else the smallest."""
     if INTERPRETED:
         return WholeTiles(16, 32, 32, 1, 1, 2)
-    if ceil_div(tokens, 128) * ceil_div(columns, 256) >= 100:
-        return WholeTiles(128, 256, 64, 8, 3, 8)
-    return WholeTiles(64, 256, 64, 8, 4, 8) if tokens <= 512 else WholeTiles(128, 128, 64, 8, 4, 8)
+    for tiles in TILES:
+        if ceil_div(tokens, tiles.block_m) * ceil_div(columns, tiles.block_c) >= ENOUGH:
+            return tiles
+    return TILES[-1]
 
 
 def most_whole(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], rank: int, scaling: float) -> int:
