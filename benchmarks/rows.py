@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -98,7 +99,17 @@ def latest_runs(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def join_rounds(same: list[dict]) -> dict:
-    """One row for the rounds `same` of one case and implementation: that of median time, with the highest peak."""
+    """One row for the rounds `same` of one case and implementation: that of median time, with the highest peak and the
+    times of all rounds."""
     middle = sorted(same, key=lambda row: row["p50_ms"])[(len(same) - 1) // 2]
     peaks = [row["peak_mib"] for row in same if row["peak_mib"] is not None]
-    return {**middle, "peak_mib": max(peaks, default=None), "rounds": len(same)}
+    by_round = {row["round"]: row["p50_ms"] for row in same}
+    return {**middle, "peak_mib": max(peaks, default=None), "rounds": len(same), "by_round": by_round}
+
+
+def time_ratio(row: dict, other: dict) -> float:
+    """The time of one joined row as a part of another's: the median over their common rounds, since what a host can do changes
+    from minute to minute, and the processes of a round run one after the other."""
+    mine, its = row.get("by_round", {}), other.get("by_round", {})
+    pairs = [(time, its[i]) for i, time in mine.items() if i in its]
+    return median(time / unit for time, unit in pairs or [(row["p50_ms"], other["p50_ms"])])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from registry import CASES, IMPLEMENTATIONS
-from rows import RESULTS, ROOT, files, has_curves, latest_runs, read
+from rows import RESULTS, ROOT, files, has_curves, latest_runs, read, time_ratio
 from verify import curves_apart, faults, faults_of_curves
 
 sys.path.append(str(ROOT / "docs"))
@@ -71,7 +71,7 @@ def cell(run: dict[str, dict], name: str) -> str:
     milliseconds = f"{row['p50_ms']:,.0f}" if row["p50_ms"] >= 100 else f"{row['p50_ms']:.3g}"
     text = milliseconds if row["peak_mib"] is None else f"{milliseconds} / {row['peak_mib']:,.0f}"
     if "upstream-lora" in run and IMPLEMENTATIONS[name].package == "ours":
-        text += f" ({row['p50_ms'] / run['upstream-lora']['p50_ms']:.2f}×)"
+        text += f" ({time_ratio(row, run['upstream-lora']):.2f}×)"
     return text
 
 
@@ -89,7 +89,7 @@ def table_of(path: Path, quoted: Quoted = TRAINING) -> str | None:
     lines = [
         f"{row['device']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
         f"{versions['transformers']}; milliseconds a step (median) / peak MiB; in brackets the time as a "
-        "part of upstream LoRA's in the same run.",
+        "part of upstream LoRA's in the same round (the median of the rounds).",
         "",
         "| case | " + " | ".join(COLUMNS[name] for name in columns) + " |",
         "| --- |" + " ---: |" * len(columns),

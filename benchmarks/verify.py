@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from registry import CASES, GOALS, IMPLEMENTATIONS, LOSS_BOUND, LOSS_GAIN, LOSS_STEPS, PRECISIONS, Goal
-from rows import files, has_curves, latest_runs, read
+from rows import files, has_curves, latest_runs, read, time_ratio
 
 FIELDS = {
     "case": str,
@@ -152,7 +152,7 @@ def check_goal(goal: Goal, run: dict[str, dict]) -> tuple[bool, str] | None:
     if goal.at_most_ms is not None:
         found.append((ours["p50_ms"] <= goal.at_most_ms, f"{ours['p50_ms']:.2f} ms of {goal.at_most_ms}"))
     if goal.time is not None:
-        ratio = ours["p50_ms"] / other["p50_ms"]
+        ratio = time_ratio(ours, other)
         found.append((ratio <= goal.time, f"time {ratio:.3f} of {goal.against}, goal {goal.time}"))
     if goal.memory is not None:
         ratio = ours["peak_mib"] / other["peak_mib"]

@@ -176,6 +176,16 @@ def test_rounds_are_joined_and_older_runs_left_out(bench, row):
     assert (joined["p50_ms"], joined["peak_mib"], joined["rounds"]) == (103.0, 5002.0, 3)
 
 
+def test_times_are_compared_within_a_round(bench, row):
+    rows = bench("rows")
+
+    def joined(times):
+        return rows.join_rounds([{**row, "round": i, "p50_ms": time} for i, time in times.items()])
+
+    assert rows.time_ratio(joined({0: 60.0, 1: 90.0, 2: 200.0}), joined({0: 100.0, 1: 200.0, 2: 250.0})) == 0.6
+    assert rows.time_ratio(joined({0: 60.0}), joined({1: 80.0})) == 0.75  # no round in common
+
+
 def test_rows_survive_the_file_and_bad_lines_are_named(bench, row, tmp_path):
     rows = bench("rows")
     path = tmp_path / "some-gpu.jsonl"
