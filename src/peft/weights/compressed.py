@@ -117,10 +117,6 @@ class CompressedTensorsWeight(MaybePlainWeight):
     def has_key(self, key: tuple) -> bool:
         return key[0] == self.mode and super().has_key(key[1:])
 
-    def direct(self) -> bool:
-        """Never: the library replaces the forward of its layers."""
-        return False
-
     @property
     def _scheme(self) -> Any:
         return self.layer.quantization_scheme

@@ -82,10 +82,6 @@ class Float8Weight(MaybePlainWeight):
         held = {"weight": self.layer.weight}
         return held if self.is_plain else {**held, self._scale_name: self._scale}
 
-    def direct(self) -> bool:
-        """Never: the layers round their input too."""
-        return False
-
     @property
     def _scale_name(self) -> str:
         return "weight_scale_inv" if hasattr(self.layer, "weight_scale_inv") else "weight_scale"

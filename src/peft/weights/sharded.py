@@ -391,6 +391,3 @@ class ShardedWeight(BaseWeight):
     def key(self) -> tuple:
         """Equal to no other: what a process compares must not decide whether it joins the others in a sum."""
         return (object(),)
-
-    def direct(self) -> bool:
-        return False
