@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .formats import Format, is_a, register
-from .stored import MaybePlainWeight
+from .stored import MaybePlainWeight, scale_columns
 
 _BY_BLOCK = "transformers.integrations.finegrained_fp8"
 
@@ -57,9 +57,7 @@ class Float8Weight(MaybePlainWeight):
         height, width = self._block
         scale = self._scale.detach().float().reshape(self._grid)[a // height : -(-b // height)]
         scale = scale.repeat_interleave(height, 0)[a - a // height * height :][: b - a]
-        whole = block.shape[1] // width * width
-        block[:, :whole].unflatten(1, (-1, width)).mul_(scale[:, : whole // width, None])
-        block[:, whole:].mul_(scale[:, whole // width :])
+        scale_columns(block, scale, width)
         return block
 
     def _write(self, matrix: torch.Tensor) -> None:
