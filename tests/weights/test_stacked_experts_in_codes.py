@@ -68,7 +68,7 @@ def checkpoint(tmp_path):
     """A folder with a model of GPT-OSS whose experts are in MXFP4, and what they stand for by name."""
     config = GptOssConfig(
         hidden_size=64, intermediate_size=64, num_local_experts=2, num_hidden_layers=1, vocab_size=32,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts_per_tok=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts_per_tok=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = GptOssForCausalLM(config).bfloat16()
