@@ -1,6 +1,6 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
-"""DoRA under `torch.compile`, trained: the norm in the graph is that of the factors as they are now, not as they were when
-the graph was traced, and nothing breaks the graph."""
+"""DoRA under `torch.compile` and `torch.func`, trained: the norm is that of the factors as they are now, not as they were
+when a graph was traced, and nothing breaks the graph."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad
 
 from peft import LoraConfig, get_peft_model
 
@@ -95,3 +96,27 @@ def test_a_graph_follows_what_an_optimizer_writes(layer, mode):
         for found, truth in zip(run(compiled, x, mode), expected, strict=True):
             error = (found.double() - truth.double()).norm() / truth.double().norm()
             assert error < (5e-3 if mode == "wider" else 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["trained", "dropout"])
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "nf4"])
+def test_gradients_of_a_function_of_all_parameters(layer, mode):
+    """Base weights too are arguments then, and have no address."""
+    model, x = adapted(layer, mode), LAYERS[layer][1]()
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        torch.manual_seed(1)
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    for step in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data.add_(0.1 * step)
+        found = grad(loss)({name: p.detach().clone() for name, p in model.named_parameters()})
+        run(model, x, mode)
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained) == 3
+        for name, gradient in trained.items():
+            torch.testing.assert_close(
+                found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
