@@ -9,9 +9,11 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers")
 
 from diffusers import FluxPipeline, StableDiffusionPipeline
+from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from diffusion_models import dit_pipeline, draw, unet_pipeline
 
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # pipeline, its class, the adapted part, what saving calls it, the layers (convolutions among the UNet's)
@@ -98,6 +100,21 @@ def test_a_compiled_model_draws_the_same(made):
     pipeline.load_lora_weights(folder / "first", adapter_name="first")
     model.compile(backend="aot_eager")
     torch.testing.assert_close(draw(pipeline), expected["first"], **CLOSE)
+
+
+@pytest.mark.works_with("diffusers", "layerwise casting of the base")
+def test_the_base_is_kept_in_another_dtype(made):
+    """As the page on troubles says: without patterns diffusers imports methods that are not here."""
+    pipeline, model, folder, expected = made
+    pipeline.load_lora_weights(folder / "first", adapter_name="first")
+    patterns = (*DEFAULT_SKIP_MODULES_PATTERN, *LoraLayer.adapter_layer_names)
+    model.enable_layerwise_casting(torch.bfloat16, torch.float32, skip_modules_pattern=patterns)
+    targeted = {name: p.dtype for name, p in model.named_parameters() if "to_q" in name and name.endswith("weight")}
+    assert all(
+        dtype == (torch.bfloat16 if "base_layer" in name else torch.float32) for name, dtype in targeted.items()
+    )
+    drawn, scale = draw(pipeline), expected["first"].abs().max()
+    assert 0 < (drawn - expected["first"]).abs().max() < 0.02 * scale
 
 
 @pytest.mark.works_with("diffusers", "training both")

@@ -133,6 +133,16 @@ def test_compiled_training_gives_the_same_losses(tmp_path, quantised, backend):
     assert losses(compiled) == pytest.approx(losses(fit(tmp_path, adapted(quantised), max_steps=3)), rel=1e-4)
 
 
+def test_compiled_training_with_dropout_gives_the_same_losses(tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = {"max_steps": 4, "learning_rate": 5e-2}
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    runs = [fit(tmp_path, adapted(lora_dropout=0.2), **settings, **more) for more in (compiled, {})]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 @QUANTISED
 def test_a_checkpoint_is_an_adapter(tmp_path, quantised):

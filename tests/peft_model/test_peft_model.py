@@ -150,6 +150,8 @@ def test_after_the_last_adapter_is_deleted_the_model_is_the_base_model():
         (lambda m: m.add_adapter("default", lora()), ValueError, "already"),
         (lambda m: m.add_adapter("a.b", lora()), ValueError, "no dot"),
         (lambda m: m.add_adapter("", lora()), ValueError, "not empty"),
+        (lambda m: m.add_adapter("train", lora()), ValueError, "use another name, such as 'train_adapter'"),
+        (lambda m: m.add_adapter("get", lora()), ValueError, "containers"),
         (lambda m: m.supports_lora_conversion("nope"), ValueError, "no adapter 'nope'"),
         (lambda m: m.get_prompt(1), ValueError, "has no prompt"),
         (lambda m: m.get_prompt_embedding_to_save("default"), ValueError, "has no prompt"),

@@ -1,12 +1,11 @@
 # Copyright 2026 The PEFT-Triton authors. Licensed under the Apache License, Version 2.0.
 """Layers that are built by hand: transformers' float8 ones, filled, and stand-ins with the names, attributes and tensor
-layouts of EETQ, Transformer Engine and gptqmodel's GPU backends, none of which runs on a CPU."""
+layouts of EETQ and gptqmodel's GPU backends, none of which runs on a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.integrations import compressed_tensors as by_row
 from transformers.integrations import eetq as transformers_eetq
 from transformers.integrations import fbgemm_fp8
@@ -89,8 +88,10 @@ class Kernels:
     @staticmethod
     def w8_a16_gemm(x, weight, scales):
         assert x.dtype == scales.dtype == torch.float16 and weight.dtype == torch.int8
-        matrix = weight.flatten().flip(0).view_as(weight).float() * scales.float()
-        return (x.float() @ matrix).half()
+        codes, y = weight.flatten().flip(0).view_as(weight), x.new_empty(*x.shape[:-1], weight.shape[1])
+        for a in range(0, weight.shape[1], 16):  # a tile at a time becomes float16, as in the kernel
+            y[..., a : a + 16] = x @ (codes[:, a : a + 16].half() * scales[a : a + 16])
+        return y
 
 
 class EETQLinear(nn.Module):
@@ -122,66 +123,6 @@ def eetq_linear(source, out, features, seed=0):
     layer.weight.data, layer.weight_scales.data = Kernels.quant_weights(matrix.T.contiguous(), torch.int8, False)
     layer.bias.data = bias
     return layer.requires_grad_(False)
-
-
-# ---- Transformer Engine ----------------------------------------------------------------------------------------------
-class Float8Tensor(torch.Tensor):
-    """A weight of Transformer Engine's: bytes, one reciprocal scale, and the dtype that it says it has."""
-
-    @staticmethod
-    def __new__(cls, data, scale_inv, dtype):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=dtype)
-
-    def __init__(self, data, scale_inv, dtype):
-        self._data, self._scale_inv = data, scale_inv
-
-    def dequantize(self, dtype=None):
-        return (self._data.view(torch.float8_e4m3fn).float() * self._scale_inv).to(dtype or self.dtype)
-
-    @classmethod
-    def round(cls, matrix, dtype):
-        scale = matrix.abs().max().float() / 448
-        return cls((matrix.float() / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale.reshape(1), dtype)
-
-    def __tensor_flatten__(self):
-        return ["_data", "_scale_inv"], {}
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        this = args[0]
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(this._data, this._scale_inv, this.dtype)
-        if func is torch.ops.aten.clone.default:
-            return cls(this._data.clone(), this._scale_inv.clone(), this.dtype)
-        if func is torch.ops.aten.copy_.default:
-            fresh = cls.round(args[1], this.dtype)
-            this._data.copy_(fresh._data), this._scale_inv.copy_(fresh._scale_inv)
-            return this
-        whole = [arg.dequantize() if isinstance(arg, cls) else arg for arg in args]
-        return func(*whole, **(kwargs or {}))
-
-
-class TeLinear(nn.Module):
-    """Transformer Engine's linear layer: an empty bias where it has none, and further arguments of its forward."""
-
-    def __init__(self, features, out, bias, kept_in_float8, dtype=torch.bfloat16):
-        super().__init__()
-        self.in_features, self.out_features, self.use_bias = features, out, bias
-        matrix = (torch.randn(out, features) / 8).to(dtype)
-        self.weight = nn.Parameter(Float8Tensor.round(matrix, dtype) if kept_in_float8 else matrix)
-        self.bias = nn.Parameter(torch.randn(out, dtype=dtype)) if bias else torch.Tensor().to(dtype)
-
-    def forward(self, x, is_first_microbatch=None, fp8_output=False):
-        matrix = self.weight.dequantize() if isinstance(self.weight, Float8Tensor) else self.weight
-        return F.linear(x, matrix, self.bias if self.use_bias else None)
-
-
-TeLinear.__module__, TeLinear.__qualname__ = "transformer_engine.pytorch.module.linear", "Linear"
-
-
-def te_linear(te, out, features, seed=0):
-    torch.manual_seed(seed)
-    return TeLinear(features, out, "without" not in te, "float8" in te).requires_grad_(False)
 
 
 # ---- gptqmodel's other backends --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 """Layers that compressed-tensors quantised: packed, unpacked by the model's first forward pass, or rounded in each one."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -23,15 +22,9 @@ from torch import nn
 from peft.weights import find_weight
 
 pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+from compressed_layers import by_preset, calibrate, quantised
 from compressed_tensors.compressors import ModelCompressor, compress_module, decompress_module
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    apply_quantization_config,
-    preset_name_to_scheme,
-)
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 OUT, FEATURES = 256, 128
 METHODS = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -60,47 +53,7 @@ def scheme(request):
     name = request.param
     if name in CUSTOM:
         return name, *CUSTOM[name]
-    return name, lambda: preset_name_to_scheme(name, ["Linear"]), PRESETS[name]
-
-
-def calibrate(layer):
-    """Set the scales of a layer from its weight, as an observer of the library's users does."""
-    args, weight = layer.quantization_scheme.weights, layer.weight.detach()
-    out, features = weight.shape
-    height, width = {
-        "tensor": (out, features),
-        "channel": (1, features),
-        "block": tuple(args.block_structure or ()),
-    }.get(args.strategy, (1, args.group_size))
-    rows, columns = math.ceil(out / height), math.ceil(features / width)
-    low, high = torch.zeros(rows, columns), torch.zeros(rows, columns)
-    for i in range(rows):
-        for j in range(columns):
-            block = weight[i * height : (i + 1) * height, j * width : (j + 1) * width]
-            low[i, j], high[i, j] = block.min(), block.max()
-    overall = None
-    if hasattr(layer, "weight_global_scale"):
-        overall = generate_gparam(low.min(), high.max())
-        layer.weight_global_scale.data.copy_(overall)
-    found = calculate_qparams(low.to(weight.dtype), high.to(weight.dtype), args, global_scale=overall)
-    for name, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
-        if hasattr(layer, name):
-            held = getattr(layer, name)
-            held.data.copy_(value.reshape(held.shape))
-    if hasattr(layer, "input_scale"):
-        layer.input_scale.data.fill_(0.02)
-
-
-def quantised(model, scheme, mode):
-    apply_quantization_config(model, QuantizationConfig(config_groups={"all": scheme[1]()}))
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            calibrate(layer)
-            if mode != "rounded":
-                compress_module(layer)
-            if mode == "plain":
-                decompress_module(layer)
-    return model.requires_grad_(False)
+    return name, lambda: by_preset(name), PRESETS[name]
 
 
 def own_dtype(scheme):
@@ -111,14 +64,14 @@ def own_dtype(scheme):
 def linear(scheme, mode, dtype=None):
     dtype = dtype or own_dtype(scheme)
     torch.manual_seed(0)
-    return quantised(nn.Sequential(nn.Linear(FEATURES, OUT, dtype=dtype)), scheme, mode)[0]
+    return quantised(nn.Sequential(nn.Linear(FEATURES, OUT, dtype=dtype)), scheme[1](), mode)[0]
 
 
 def model(scheme, mode):
     dtype = own_dtype(scheme)
     torch.manual_seed(0)
     made = Model(nn.Linear(FEATURES, OUT, dtype=dtype), nn.Linear(OUT, FEATURES, dtype=dtype))
-    return quantised(made, scheme, mode)
+    return quantised(made, scheme[1](), mode)
 
 
 def rows_of_input(scheme):
@@ -221,7 +174,7 @@ def test_adapters_on_a_packed_model_live_through_its_first_forward(scheme, dora)
 
 
 def test_packing_a_merged_model_cannot_be_undone():
-    scheme = ("W4A16", lambda: preset_name_to_scheme("W4A16", ["Linear"]), 0.15)
+    scheme = ("W4A16", lambda: by_preset("W4A16"), 0.15)
     layer = linear(scheme, "plain")
     snapshot = find_weight(layer).snapshot()
     compress_module(layer)

@@ -18,11 +18,8 @@ from storage import (
     relative,
 )
 from torch import nn
-from transformers import GptOssConfig
 from transformers.integrations import finegrained_fp8 as by_block
-from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from peft.weights import find_weight
 
@@ -162,33 +159,3 @@ def test_merges_and_gives_every_byte_back(make, dora):
 @METHODS
 def test_saves_and_loads(make, dora, tmp_path):
     check_saving(lambda: model(make), rows_of_input(), str(tmp_path), use_dora=dora)
-
-
-class Experts(nn.Module):
-    def __init__(self, dtype):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4).to(dtype), requires_grad=False)
-
-    def forward(self, x):
-        return x
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=["mxfp4", "float8"])
-def test_stacked_experts_in_codes_are_refused_before_anything_changes(dtype):
-    base = nn.Sequential(Experts(dtype))
-    before = list(base.named_parameters())
-    with pytest.raises(ValueError, match=r"gate_up_proj of Experts is quantised .*dequantize=True"):
-        get_peft_model(base, LoraConfig(target_modules=[], target_parameters=["0.gate_up_proj"]))
-    assert [name for name, _ in base.named_parameters()] == [name for name, _ in before]
-
-
-def test_the_experts_of_transformers_in_mxfp4_are_refused_by_name():
-    """They are all that transformers keeps in MXFP4: no linear layer, and codes that no delta can be added to."""
-    config = GptOssConfig(hidden_size=64, intermediate_size=64, num_local_experts=2)
-    base = nn.Sequential(Mxfp4GptOssExperts(config))
-    with pytest.raises(TypeError, match="Mxfp4GptOssExperts has no `weight`"):
-        find_weight(base[0])
-    with pytest.raises(ValueError, match="gate_up_proj of Mxfp4GptOssExperts is quantised .*dequantize=True"):
-        get_peft_model(base, LoraConfig(target_modules=[], target_parameters=["0.gate_up_proj"]))
-    with pytest.raises(ValueError, match="Mxfp4GptOssExperts"):
-        get_peft_model(base, LoraConfig(target_modules=["0"]))

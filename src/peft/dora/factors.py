@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .norm import check_factors, row_norm_torch, runs_triton
+from .norm import check_factors, row_norm, row_norm_torch, runs_triton, traced_norm
 from .reference import gain as gain_of
 from .route import TRITON_DTYPES, Route, kernels
 
@@ -146,6 +146,12 @@ class NormCache:
         """
         dtype = torch.promote_types(A.dtype, B.dtype)
         triton = dtype in TRITON_DTYPES and runs_triton(route, A, weight.dtype)
+        if (
+            torch.compiler.is_compiling()
+        ):  # the graph computes it at every pass: what a trace keeps is seen by no other
+            return traced_norm(weight, A, B, scaling, triton)
+        if torch._C._are_functorch_transforms_active():  # tensors without an address
+            return row_norm(weight, A, B, scaling)
         return self.factors(weight, A, B, scaling, dtype, triton=triton).stats[0]
 
     def factors(

@@ -48,6 +48,13 @@ def row_norm(
     return row_norm_torch(weight, a, b, scaling)
 
 
+def traced_norm(weight: Any, A: torch.Tensor, B: torch.Tensor, scaling: float, triton: bool) -> torch.Tensor:
+    """`row_norm` as one operator of a compiler's graph, on the dense weight."""
+    from . import ops
+
+    return ops.row_norm(weight.dense(), A.detach(), B.detach(), scaling, triton)
+
+
 def check_factors(weight: Any, A: torch.Tensor, B: torch.Tensor) -> None:
     """Raise a ValueError where `A [r, in]` and `B [out, r]` do not fit `weight [out, in]`."""
     out, features = weight.shape

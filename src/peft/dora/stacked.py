@@ -26,6 +26,10 @@ def stacked_norm(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: flo
         `[n, out]`, float32, or float64 if one of them is.
     """
     W, A, B = W.detach(), A.detach(), B.detach()
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return torch.stack([ops.row_norm(w, a, b, scaling, False) for w, a, b in zip(W, A, B, strict=True)])
     with _exact_products(W.device.type):
         return torch.stack(
             [torch.linalg.vector_norm(_sum(w, a, b, scaling), dim=1) for w, a, b in zip(W, A, B, strict=True)]

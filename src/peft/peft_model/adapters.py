@@ -137,6 +137,11 @@ def disabled_adapters(tuner: BaseTuner) -> Iterator[None]:
 
 
 def check_adapter_name(name: str) -> None:
-    """Raise a ValueError for a name that cannot be part of a parameter's name."""
+    """Raise a ValueError for a name that cannot be part of a parameter's name, or be a key of torch's containers."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"adapter_name must be a string that is not empty and holds no dot, got {name!r}.")
+    if any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
+        raise ValueError(
+            f"adapter_name={name!r} is an attribute of the containers that torch keeps adapters in: use another name, "
+            f"such as {f'{name}_adapter'!r}."
+        )

@@ -71,10 +71,6 @@ class AqlmWeight(StoredWeight):
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self.layer, name) for name in _STORED}
 
-    def direct(self) -> bool:
-        """Never: the library's kernels multiply by the codes, at a fraction of what the dense weight costs."""
-        return False
-
     @property
     def _may_swap(self) -> bool:
         """Whether the library swaps the first two dimensions of the codes before the layer's first product."""

@@ -61,10 +61,6 @@ class BitNetWeight(StoredWeight):
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.layer.weight, "weight_scale": self.layer.weight_scale}
 
-    def direct(self) -> bool:
-        """Never: the layer rounds its input."""
-        return False
-
 
 class AutoBitNetWeight(StoredWeight):
     """The weight of transformers' `AutoBitLinear`, floats [out, in]: times a scale, or rounded to −1, 0 and 1 times the mean
@@ -112,10 +108,6 @@ class AutoBitNetWeight(StoredWeight):
     def tensors(self) -> dict[str, torch.Tensor]:
         held = {"weight": self.layer.weight}
         return held if self.layer.online_quant else {**held, "weight_scale": self.layer.weight_scale}
-
-    def direct(self) -> bool:
-        """Never: the layer rounds its input."""
-        return False
 
 
 register(

@@ -242,10 +242,6 @@ class Weight8bit(_Quantised):
             return None
         return Packed(kind="int8", data=stored.data, shape=self.shape, dtype=self.dtype, scb=stored.scb)
 
-    def direct(self) -> bool:
-        """Never: `Linear8bitLt` also rounds its input to int8 and takes outliers apart, which no dense product does."""
-        return False
-
     def _take(self, new: _State8bit) -> None:
         weight, state = self.layer.weight, self.layer.state
         held = self._stored()

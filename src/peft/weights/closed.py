@@ -83,9 +83,6 @@ class ClosedWeight(StoredWeight):
     def restore(self, snapshot: object) -> NoReturn:
         raise TypeError(self.why_read_only())
 
-    def direct(self) -> bool:
-        return False
-
     def tensors(self) -> dict[str, torch.Tensor]:
         layer = self.layer
         held = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}

@@ -17,6 +17,7 @@ from .stored import MaybePlainWeight
 _STORED = ("weight_packed", "weight")
 _PARTS = (*_STORED, "weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx", "weight_shape")
 _PACKED_TOGETHER = 32  # rows whose zero points share whole words, whatever their width
+_PIECES = 4  # in which rows are read: the library makes up to five copies of what it rounds
 
 
 def is_compressed_tensors(layer: nn.Module) -> bool:
@@ -81,7 +82,15 @@ class CompressedTensorsWeight(MaybePlainWeight):
     def _read(self, a: int, b: int) -> torch.Tensor:
         step, out = self._step(), self.shape[0]
         first, last = a // step * step, min(max(-(-b // step), a // step + 1) * step, out)
-        return self._blocks(first, last)[a - first : b - first]
+        size = -(-(last - first) // (_PIECES * step)) * step
+        matrix = None
+        for start in range(first, last, size):
+            rows = self._blocks(start, min(start + size, last))
+            if matrix is None:
+                matrix = rows.new_empty(last - first, rows.shape[1])
+            matrix[start - first : start - first + size] = rows
+            del rows
+        return matrix[a - first : b - first]
 
     def _write(self, matrix: torch.Tensor) -> None:
         """With new scales of the scheme's kind."""
@@ -116,10 +125,6 @@ class CompressedTensorsWeight(MaybePlainWeight):
 
     def has_key(self, key: tuple) -> bool:
         return key[0] == self.mode and super().has_key(key[1:])
-
-    def direct(self) -> bool:
-        """Never: the library replaces the forward of its layers."""
-        return False
 
     @property
     def _scheme(self) -> Any:

@@ -53,10 +53,6 @@ class EetqWeight(StoredWeight):
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.layer.weight, "weight_scales": self.layer.weight_scales}
 
-    def direct(self) -> bool:
-        """Never: reading the weight costs a product of its own."""
-        return False
-
     @property
     def _kernels(self) -> Any:
         """What has `w8_a16_gemm` and `quant_weights`: transformers keeps them in its module, EETQ in its extension."""

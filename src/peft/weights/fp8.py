@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .formats import Format, is_a, register
-from .stored import MaybePlainWeight
+from .stored import MaybePlainWeight, scale_columns
 
 _BY_BLOCK = "transformers.integrations.finegrained_fp8"
 
@@ -57,9 +57,7 @@ class Float8Weight(MaybePlainWeight):
         height, width = self._block
         scale = self._scale.detach().float().reshape(self._grid)[a // height : -(-b // height)]
         scale = scale.repeat_interleave(height, 0)[a - a // height * height :][: b - a]
-        whole = block.shape[1] // width * width
-        block[:, :whole].unflatten(1, (-1, width)).mul_(scale[:, : whole // width, None])
-        block[:, whole:].mul_(scale[:, whole // width :])
+        scale_columns(block, scale, width)
         return block
 
     def _write(self, matrix: torch.Tensor) -> None:
@@ -81,10 +79,6 @@ class Float8Weight(MaybePlainWeight):
     def tensors(self) -> dict[str, torch.Tensor]:
         held = {"weight": self.layer.weight}
         return held if self.is_plain else {**held, self._scale_name: self._scale}
-
-    def direct(self) -> bool:
-        """Never: the layers round their input too."""
-        return False
 
     @property
     def _scale_name(self) -> str:

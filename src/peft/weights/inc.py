@@ -119,10 +119,6 @@ class IncWeight(MaybePlainWeight):
     def has_key(self, key: tuple) -> bool:
         return key[0] == self._number and super().has_key(key[1:])
 
-    def direct(self) -> bool:
-        """Never: the layer rounds its input too."""
-        return False
-
     def _scales(self) -> torch.Tensor:
         """[1] or [out], float32."""
         return torch.as_tensor(self._scale, device=self.device).detach().float().reshape(-1)

@@ -131,7 +131,3 @@ class OffloadedWeight(BaseWeight):
         on_disk = getattr(getattr(weights_map, "dataset", weights_map), "save_folder", None) is not None
         value: Any = () if on_disk else stamp(weights_map["weight"])
         return SameObject(self.hook), getattr(self.hook, _WRITES, 0), *value
-
-    def direct(self) -> bool:
-        """Never: accelerate brings the weight in when the layer is called."""
-        return False

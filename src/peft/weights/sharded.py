@@ -227,7 +227,8 @@ def whole(module: nn.Module, name: str = "weight") -> torch.Tensor | None:
         name: The parameter's name in the layer.
     """
     inner = innermost(module)
-    if name == "weight" and (seen := _remembered.get()) and inner in seen:
+    seen = None if torch.compiler.is_compiling() else _remembered.get()  # which Dynamo does not trace
+    if name == "weight" and seen and inner in seen:
         return seen[inner]
     shards = shards_of(module, name)
     if shards is None:
@@ -391,6 +392,3 @@ class ShardedWeight(BaseWeight):
     def key(self) -> tuple:
         """Equal to no other: what a process compares must not decide whether it joins the others in a sum."""
         return (object(),)
-
-    def direct(self) -> bool:
-        return False

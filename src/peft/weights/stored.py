@@ -16,6 +16,14 @@ from .plain import PlainWeight
 no_dispatch = torch._C.DisableTorchFunctionSubclass
 
 
+def scale_columns(block: torch.Tensor, scale: torch.Tensor, width: int) -> None:
+    """Multiply each `width` neighbouring elements of a row of `block` [rows, in] by one of `scale` [rows or 1, groups], in
+    place. The last group may be narrower; groups beyond the row are not looked at."""
+    full = block.shape[1] // width
+    block[:, : full * width].unflatten(1, (-1, width)).mul_(scale[:, :full, None])
+    block[:, full * width :].mul_(scale[:, full : full + 1])
+
+
 class StoredWeight(BaseWeight):
     """A weight that is read by rows from the tensors that `tensors` names, kept by copies of them, and told by their
     stamps; of the shape and dtype of the layer's `weight`, where a format does not say otherwise."""

@@ -9,16 +9,21 @@ from torch import nn
 
 from .base import writing
 from .formats import Format, register
-from .stored import MaybePlainWeight
+from .stored import MaybePlainWeight, scale_columns
 
-_PARTS = ("_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv")
+_KINDS = {"kFloat8E4M3": torch.float8_e4m3fn, "kFloat8E5M2": torch.float8_e5m2}
+_PARTS = (
+    "_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv",
+)  # fmt: skip
+_BLOCK, _SMALL_BLOCK = 128, 32  # elements that share a scale: of a Float8BlockwiseQTensor, of an MXFP8Tensor
 
 
 class TeWeight(MaybePlainWeight):
     """The weight of a `transformer_engine.pytorch.Linear`.
 
-    A float8 weight is one of the library's tensor classes: it is read by its `dequantize` and written by `copy_`, which
-    rounds to its scale. The classes cannot be cut, so their rows are cut out of the whole matrix.
+    A float8 weight is one of the library's tensor classes, whose bytes [out, in] are read with their scales: one
+    (`Float8Tensor`), one for every 32 elements of a row (`MXFP8Tensor`, powers of two), or one for 128 elements of a row
+    or a square of them (`Float8BlockwiseQTensor`). It is written by `copy_`, which rounds as the library does.
     """
 
     format = "transformer engine"
@@ -34,34 +39,55 @@ class TeWeight(MaybePlainWeight):
         return None if bias is None or bias.numel() == 0 else bias
 
     def _read(self, a: int, b: int) -> torch.Tensor:
-        return self.layer.weight.detach().dequantize()[a:b]
+        weight = self.layer.weight
+        data = self._parts().get("_data", self._parts().get("_rowwise_data"))
+        kind = _KINDS.get(getattr(getattr(weight, "_fp8_dtype", None), "name", ""))
+        if data is None or kind is None or getattr(weight, "_with_gemm_swizzled_scales", False):
+            raise TypeError(
+                f"the rows of a {type(weight).__name__} cannot be read: Float8Tensor, MXFP8Tensor and "
+                "Float8BlockwiseQTensor can, where they keep their bytes by rows and their scales in order. Build the model "
+                "with another recipe, or outside of fp8_model_init"
+            )
+        block = data[a:b].view(kind).float()
+        scale_columns(block, *self._scales(a, b))
+        return block.to(self.dtype)
+
+    def _scales(self, a: int, b: int) -> tuple[torch.Tensor, int]:
+        """Those of rows a to b, [b − a, groups] or [1, 1], and how many columns share one."""
+        parts, features = self._parts(), self.shape[1]
+        if "_scale_inv" in parts:
+            return parts["_scale_inv"].float().reshape(1, 1), features
+        scale = parts["_rowwise_scale_inv"]  # what lies beyond the matrix fills up the kernels' tiles
+        if scale.dtype == torch.uint8:
+            return scale.view(torch.float8_e8m0fnu)[a:b].float(), _SMALL_BLOCK
+        if not self.layer.weight._is_2D_scaled:
+            return scale[:, a:b].T, _BLOCK
+        first = a // _BLOCK
+        return scale[first : -(-b // _BLOCK)].repeat_interleave(_BLOCK, 0)[a - first * _BLOCK :][: b - a], _BLOCK
 
     def _write(self, matrix: torch.Tensor) -> None:
         weight = self.layer.weight
         with writing(weight):
             weight.copy_(matrix.to(weight.device, weight.dtype))
 
-    def _snapshot(self) -> tuple[torch.Tensor]:
-        return (self.layer.weight.detach().clone(),)
+    def _snapshot(self) -> dict[str, torch.Tensor]:
+        return {name: part.detach().clone() for name, part in self._parts().items()}
 
-    def _restore(self, snapshot: tuple[torch.Tensor]) -> None:
+    def _restore(self, snapshot: dict[str, torch.Tensor]) -> None:
         weight = self.layer.weight
         with writing(weight):
-            for name in self._parts():
-                getattr(weight, name).copy_(getattr(snapshot[0], name))
+            for name, part in snapshot.items():
+                getattr(weight, name).copy_(part)
+        if hasattr(weight, "_reset_caches"):  # a Float8Tensor keeps its transpose beside
+            weight._reset_caches()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        weight = self.layer.weight
-        return {"weight": weight, **{name: getattr(weight, name) for name in self._parts()}}
+        return {"weight": self.layer.weight, **self._parts()}
 
-    def direct(self) -> bool:
-        """Never: whether the product is in float8 is decided at each call."""
-        return False
-
-    def _parts(self) -> list[str]:
-        """The names of the tensors that a float8 weight is made of."""
+    def _parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that a float8 weight is made of."""
         held = {name: getattr(self.layer.weight, name, None) for name in _PARTS}
-        return [name for name, part in held.items() if isinstance(part, torch.Tensor)]
+        return {name: part for name, part in held.items() if isinstance(part, torch.Tensor)}
 
 
 register(
@@ -69,6 +95,6 @@ register(
         "Transformer Engine",
         TeWeight,
         ("transformer_engine.pytorch.module.linear.Linear",),
-        remark="a float8 weight is made dense as a whole; a plain one is read by rows",
+        remark="float8 by tensor, by block and MXFP8; NVFP4 trains with LoRA alone and does not merge",
     )
 )

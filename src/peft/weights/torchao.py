@@ -16,13 +16,17 @@ from .formats import Format, register
 from .stored import StoredWeight
 from .through import read_through
 
+_TORCHS_OWN = (torch.Tensor, nn.Parameter)
 # Attributes that say how a tensor class rounds the activations; None: it leaves them as they are.
 _ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_mapping_type")
 
 
 def is_torchao_tensor(weight: Any) -> bool:
     """True for a tensor of one of torchao's own classes."""
-    return isinstance(weight, torch.Tensor) and type(weight).__module__.partition(".")[0] == "torchao"
+    kind = type(weight)  # that of most weights is told without its module's name, which Dynamo does not trace
+    return (
+        kind not in _TORCHS_OWN and issubclass(kind, torch.Tensor) and kind.__module__.partition(".")[0] == "torchao"
+    )
 
 
 class TorchaoWeight(StoredWeight):

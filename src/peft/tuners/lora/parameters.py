@@ -63,13 +63,21 @@ def inject_parameters(
 
 
 def find_parameters(config: LoraConfig, model: nn.Module) -> Iterator[tuple[str, str, set[str]]]:
-    """The parameters that `target_parameters` names: their module's name without wrappers, their own, what names them."""
+    """The parameters that `target_parameters` names: their module's name without wrappers, their own, what names them.
+
+    With those that a library's own kind of tensor has taken the place of, as with MXFP4: `ParamWrapper` refuses them.
+    """
     targets = config.target_parameters or ()
     for path, owner in model.named_modules():
         if isinstance(owner, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
         plain = ".".join(part for part in path.split(".") if part != "base_layer")
-        for name, _ in owner.named_parameters(recurse=False):
+        foreign = [
+            name
+            for name, value in vars(owner).items()
+            if hasattr(value, "shape") and not isinstance(value, torch.Tensor)
+        ]
+        for name in (*(name for name, _ in owner.named_parameters(recurse=False)), *foreign):
             key = f"{plain}.{name}" if plain else name
             hits = {target for target in targets if key == target or key.endswith(f".{target}")}
             if hits:

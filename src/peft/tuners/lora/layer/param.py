@@ -32,6 +32,10 @@ _REFUSED = (
 )
 
 
+def _holds_codes(parameter: torch.Tensor) -> bool:
+    return not parameter.is_floating_point() or parameter.element_size() < 2 or is_torchao_tensor(parameter)
+
+
 class _LoraParameterProxy(nn.Module):
     """What stands for a parameter while its module runs.
 
@@ -306,18 +310,17 @@ class ParamWrapper(ParameterLayer, nn.Module):
 
     def _features(self, base_layer: nn.Module) -> tuple[int, int]:
         parameter = getattr(base_layer, self.parameter_name, None)
-        if not isinstance(parameter, torch.Tensor) or parameter.dim() not in (2, 3):
-            found = list(parameter.shape) if isinstance(parameter, torch.Tensor) else type(parameter).__name__
+        where = f"target_parameters: {self.parameter_name} of {type(base_layer).__name__}"
+        is_tensor = isinstance(parameter, torch.Tensor)
+        if not is_tensor and hasattr(parameter, "shape") or is_tensor and _holds_codes(parameter):
             raise ValueError(
-                f"target_parameters: {self.parameter_name} of {type(base_layer).__name__} must be a parameter of 2 or 3 "
-                f"dimensions, got {found}."
+                f"{where} is quantised ({type(parameter).__name__}, {getattr(parameter, 'dtype', 'of no dtype')}), and what "
+                "an adapter adds cannot be added to its codes: load the model dense (dequantize=True in its quantisation "
+                "config), or leave the parameter out."
             )
-        if not parameter.is_floating_point() or parameter.element_size() < 2 or is_torchao_tensor(parameter):
-            raise ValueError(
-                f"target_parameters: {self.parameter_name} of {type(base_layer).__name__} is quantised ({type(parameter).__name__}, {parameter.dtype}), "
-                "and what an adapter adds cannot be added to its codes: load the model dense (dequantize=True in its "
-                "quantisation config), or leave the parameter out."
-            )
+        if not is_tensor or parameter.dim() not in (2, 3):
+            found = list(parameter.shape) if is_tensor else type(parameter).__name__
+            raise ValueError(f"{where} must be a parameter of 2 or 3 dimensions, got {found}.")
         self.num_experts = parameter.shape[0] if parameter.dim() == 3 else 1
         self.is_transposed = parameter.dim() == 3 and bool(getattr(base_layer, "is_transposed", False))
         rows, columns = parameter.shape[-2:]

@@ -50,6 +50,7 @@ class DoraLinearVariant(LoraVariant):
             norm = norm.to(device=a.device, dtype=a.dtype)
         holder.set_magnitude(norm)
         module.lora_magnitude_vector[adapter_name] = holder
+        module.norm_cache(adapter_name)  # here, since its lock cannot be made while a compiler traces
 
     # ---- output ----------------------------------------------------------------------------------------------------
     @staticmethod
