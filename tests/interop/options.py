@@ -410,6 +410,7 @@ REFUSED: dict[str, Option] = {
         ("r", 0, "ValueError"), ("r", -1, "ValueError"), ("r", 2.5, "TypeError"), ("lora_dropout", 2.0, "ValueError"),
         ("lora_dropout", "much", "TypeError"), ("bias", "some", "NotImplementedError"),
         ("init_lora_weights", "pisa", "ValueError"), ("init_lora_weights", "pissa_niter_x", "ValueError"),
+        ("init_lora_weights", "PISSA", "ValueError"), ("init_lora_weights", "Orthogonal", "ValueError"),
     )
 }  # fmt: skip
 # Its merges go into weights that several layers share.

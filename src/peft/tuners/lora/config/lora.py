@@ -30,6 +30,7 @@ from .options import (
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+_IN_ANY_CASE = ("gaussian", "olora", "mica")  # as the release reads them; it refuses other spellings of the rest
 _PISSA_NITER = re.compile(r"pissa_niter_\d+")
 
 
@@ -192,10 +193,10 @@ class LoraConfig(PeftConfig):
             error = f"lora_dropout={self.lora_dropout!r} must lie between 0 and 1: it is a probability."
             raise ValueError(error) if number else TypeError(error)
         init = self.init_lora_weights
-        if isinstance(init, str) and init.lower() not in INITS and not _PISSA_NITER.fullmatch(init.lower()):
+        if isinstance(init, str) and not _is_known_start(init):
             raise ValueError(
                 f"init_lora_weights={init!r} is unknown: use True, False, 'pissa_niter_N' or one of "
-                f"{', '.join(map(repr, INITS))}."
+                f"{', '.join(map(repr, INITS))}, in lower case."
             )
 
     def _check_targets(self) -> None:
@@ -251,6 +252,10 @@ class LoraConfig(PeftConfig):
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_known_start(name: str) -> bool:
+    return name in INITS or name.lower() in _IN_ANY_CASE or _PISSA_NITER.fullmatch(name) is not None
 
 
 def _check_rank(name: str, rank: Any) -> None:
