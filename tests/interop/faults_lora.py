@@ -206,3 +206,17 @@ def converted_dora(start: str) -> float:
         loaded = peft.PeftModel.from_pretrained(base_and_input("two")[0], f"{folder}/plain")
     with evaluated(model), evaluated(loaded):
         return (model(x) - loaded(x)).abs().max().item()
+
+
+@recipe
+def named_shared_experts(targets: Any) -> list[str]:
+    """The children of a GLM4-MoE's MLPs, one dense and one of experts, that an adapter is for."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    base = Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **heads, **experts, pad_token_id=0))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
+    adapted = {name.split(".")[6] for name in peft.get_peft_model_state_dict(model)}
+    return sorted(adapted)

@@ -179,6 +179,7 @@ CASES: dict[str, Case] = {
     "bert-embeddings": Case("bert", {"r": 3, "target_modules": ["word_embeddings", "value"]}),
     # names of single experts' layers: in Mixtral and Qwen3-MoE the stacks, in Qwen2-MoE the shared expert alone
     "mixtral": _causal("mixtral", target_modules=["q_proj", "w1", "w2", "w3"]),
+    "mixtral-attention": _causal("mixtral", target_modules=["q_proj"]),
     "qwen3-moe": _causal("qwen3-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
     "qwen2-moe": _causal("qwen2-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
     **_both("t5", Case("t5", {"task_type": "SEQ_2_SEQ_LM", "r": 3})),

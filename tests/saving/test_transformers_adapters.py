@@ -241,7 +241,7 @@ CONVERTED = [
         (set(), ["model.layers.1.mlp.experts.down_proj"], {}, None),
     ),
     (r".*\.experts\.\d+\.w2", {}, (r".*\.experts\.\d+\.w2", ["down_proj"], {}, None)),
-    (["q_proj"], {}, ({"q_proj"}, None, {}, None)),
+    (["q_proj"], {}, ({"q_proj"}, [], {}, None)),
 ]
 
 

@@ -507,9 +507,9 @@ def _write_targets(
                 config.alpha_pattern = {**config.alpha_pattern, pattern: alpha}
     weights = dict.fromkeys(f"{name.rsplit('.', 1)[-1]}.weight" for name in routers)
     parameters += [name for name in weights if name not in parameters]
-    if parameters == list(config.target_parameters or ()):
+    before, config.target_parameters = list(config.target_parameters or ()), parameters
+    if parameters == before:
         return
-    config.target_parameters = parameters
     present = [name for name, _ in base.named_modules() if name not in routers]
     if isinstance(config.target_modules, str):
         if routers and config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
