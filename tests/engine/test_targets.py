@@ -33,6 +33,11 @@ from peft.tuners.tuners_utils import (
         ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h"}, "model.h.1.q", True),
         ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h"}, "model.x.1.q", False),
         ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["x", "h"]}, "model.h.1.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "x|h"}, "model.h.1.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h"}, "h.1.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [1]}, "h.1.q", False),
+        ({"target_modules": ["q"], "layers_to_transform": [1]}, "decoder.block.1.layer.0.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [0]}, "decoder.block.1.layer.0.q", False),
     ],
 )
 def test_a_config_means_these_modules(options, key, expected):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LINEAR_CLASS_NAMES = frozenset(
     "EetqLinear EETQLinear HQQLinear QuantizedLinear WQLinear_GEMM WQLinear_GEMV BaseQuantLinear BitLinear".split()
 )
-_NUMBERED_LAYER = r".*\.[^.]*\.(\d+)\."
+_NUMBERED_LAYER = r".*?\.[^.]*\.(?P<number>\d+)\."  # of nested lists it is the outermost that counts the layers
 
 
 class _ExcludedModule:
@@ -83,10 +83,11 @@ def _is_in_layers(config: PeftConfig, key: str) -> bool:
         match = re.match(_NUMBERED_LAYER, key)
     else:
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        match = next(filter(None, (re.match(rf".*\.{pattern}\.(\d+)\.", key) for pattern in patterns)), None)
+        lists = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", key) for pattern in patterns)
+        match = next(filter(None, lists), None)
     if match is None:
         return False
-    number = int(match.group(1))
+    number = int(match["number"])
     return number == wanted if isinstance(wanted, int) else number in wanted
 
 
