@@ -220,3 +220,52 @@ def named_shared_experts(targets: Any) -> list[str]:
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
     adapted = {name.split(".")[6] for name in peft.get_peft_model_state_dict(model)}
     return sorted(adapted)
+
+
+@recipe
+def left_by_unload() -> bool:
+    """Whether `unload` gives the base model back where an adapter was merged."""
+    model, x = _of_base("two", target_modules=["first"])
+    with model.disable_adapter():
+        before = model(x)
+    model.merge_adapter()
+    return torch.allclose(model.unload()(x), before, atol=1e-5)
+
+
+@recipe
+def activated_without_a_task() -> bool:
+    """Whether aLoRA acts in a model whose config names no task."""
+    model, ids = _of_base("llama", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[3])
+    ids = torch.cat([ids, torch.full_like(ids[:, :1], 3), ids], 1)
+    with evaluated(model):
+        y = model(ids).logits
+        with model.disable_adapter():
+            return not torch.equal(y, model(ids).logits)
+
+
+@recipe
+def made_without_memory(**options: Any) -> bool:
+    """Whether an adapter made with low_cpu_mem_usage leaves every tensor of the base with its values."""
+    base, _ = base_and_input("llama")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], **options), low_cpu_mem_usage=True)
+    return not any(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@recipe
+def thawing_nothing() -> str:
+    """The error that thawing an adapter that is not there raises; empty if none."""
+    model, _ = _of_base("two", target_modules=["first"])
+    try:
+        model.set_requires_grad("absent", False)
+    except ValueError as error:
+        return type(error).__name__
+    return ""
+
+
+@recipe
+def mixtral_by_default() -> list[str]:
+    """What a config without targets adapts in Mixtral."""
+    from models import BASES
+
+    model = peft.get_peft_model(BASES["mixtral"](), peft.LoraConfig())
+    return sorted(model.peft_config["default"].target_modules)

@@ -181,6 +181,7 @@ CASES: dict[str, Case] = {
     # names of single experts' layers: in Mixtral and Qwen3-MoE the stacks, in Qwen2-MoE the shared expert alone
     "mixtral": _causal("mixtral", target_modules=["q_proj", "w1", "w2", "w3"]),
     "mixtral-attention": _causal("mixtral", target_modules=["q_proj"]),
+    "mixtral-stacks": _causal("mixtral", target_parameters=["experts.gate_up_proj"]),
     "qwen3-moe": _causal("qwen3-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
     "qwen2-moe": _causal("qwen2-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
     "t5-layers": Case("t5", {"task_type": "SEQ_2_SEQ_LM", "r": 3, "layers_to_transform": 0}),  # block.0.layer.1 too

@@ -431,6 +431,9 @@ TARGETS: dict[str, Option] = {
     "tokens-alone": Option(
         "llama", {"target_modules": [], "trainable_token_indices": _TOKENS}, there="NoMatchingPeftModuleError"
     ),
+    "tokens-beside-nothing": Option(
+        "llama", {"target_modules": ["nothing"], "trainable_token_indices": _TOKENS}, refused="NoMatchingPeftModuleError"
+    ),
     "tokens-tied": Option("llama-tied", {"trainable_token_indices": _TOKENS}, dora={}),
     "tokens-both": Option("llama", {"trainable_token_indices": {"embed_tokens": _TOKENS, "lm_head": [2]}}),
     "tied-saved": Option(
@@ -459,6 +462,10 @@ TARGETS: dict[str, Option] = {
     "parameters": Option(
         "mixture", {"target_modules": [], "target_parameters": ["experts.up"]}, dora={"there": "ValueError"}
     ),
+    "parameters-beside-nothing": Option(
+        "mixture", {"target_modules": ["nothing"], "target_parameters": ["experts.up"]}
+    ),
+    "parameters-beside-defaults": Option("llama", {"target_modules": None, "target_parameters": ["lm_head.weight"]}),
     "parameters-all": Option(
         "mixture", {"target_modules": ["last"], "target_parameters": ["experts.up", "experts.down", "experts.mix"]}
     ),

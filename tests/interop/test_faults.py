@@ -148,6 +148,15 @@ FAULTS = (
         lambda kinds: kinds == ["down_proj", "experts", "gate_proj", "shared_experts", "up_proj"],
         arguments={"targets": ["gate_proj", "up_proj", "down_proj"]},
     ),
+    Fault("left_by_unload", _is_true),
+    Fault("activated_without_a_task", _is_true),
+    Fault("made_without_memory", _is_true, arguments={"layer_replication": [(0, 2), (1, 3)]}),
+    *(
+        Fault("made_without_memory", _is_true, "RuntimeError", {"init_lora_weights": start})
+        for start in ("pissa", "olora")
+    ),
+    Fault("thawing_nothing", lambda error: error == "ValueError"),
+    Fault("mixtral_by_default", lambda names: names == ["q_proj", "v_proj"], "NoMatchingPeftModuleError"),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
     Fault("offloaded", _is_true, "AssertionError|RuntimeError"),
     Fault("torchao_dora_merged", lambda change: change < 0.1, package="torchao"),

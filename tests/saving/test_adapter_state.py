@@ -177,7 +177,7 @@ def test_missing_and_unknown_keys_are_returned():
         "base_model.model.first.lora_A.default.weight",
         "base_model.model.head.modules_to_save.default.bias",
     ]
-    assert result.unexpected_keys == ["base_model.model.nothing.lora_A.default.weight"]
+    assert result.unexpected_keys == ["base_model.model.nothing.lora_A.weight"]
 
 
 def test_low_cpu_mem_usage_takes_the_tensors_themselves():

@@ -343,6 +343,8 @@ def convert_peft_config_for_transformers(
         ValueError: The config adapts only a part of what became one parameter, or its parts differently.
     """
     if _fusions(conversions) and _means_stacks(_base_model(model)):
+        if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None):
+            peft_config.target_modules = set()  # no defaults beside the stacks
         _convert_peft_config_moe(peft_config, model)
 
 

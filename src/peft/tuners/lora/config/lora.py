@@ -230,6 +230,9 @@ class LoraConfig(PeftConfig):
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(loftq_bits=4).")
         for name, option_cls in (("eva", EvaConfig), ("corda", CordaConfig)):
             if init == name and getattr(self, f"{name}_config") is None:
+                warnings.warn(
+                    f"init_lora_weights={init!r} without {name}_config: its defaults are taken.", stacklevel=4
+                )
                 setattr(self, f"{name}_config", option_cls())
             elif init != name and getattr(self, f"{name}_config") is not None:
                 warnings.warn(f"{name}_config has no effect with init_lora_weights={init!r}.", stacklevel=4)
