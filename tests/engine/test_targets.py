@@ -109,6 +109,7 @@ def test_many_full_names_become_few_suffixes():
     assert {name for name in names if any(name == s or name.endswith(f".{s}") for s in uneven)} == set(targets[:-1])
     with pytest.raises(ValueError, match="both targets and not"):
         find_minimal_target_modules(["a.b"], ["a.b"])
+    assert find_minimal_target_modules(["head"], ["decoder.head"]) == {"head"}
 
 
 def test_a_second_adapter_does_not_reach_into_the_first_ones_layers():

@@ -269,3 +269,13 @@ def mixtral_by_default() -> list[str]:
 
     model = peft.get_peft_model(BASES["mixtral"](), peft.LoraConfig())
     return sorted(model.peft_config["default"].target_modules)
+
+
+@recipe
+def mixed_norms() -> bool:
+    """Whether rows of a batch use copies of a norm in `modules_to_save`."""
+    model, ids = _of_base("llama", target_modules=["q_proj"], modules_to_save=["model.norm"])
+    ids = ids[:1].expand(2, -1)
+    with evaluated(model):
+        first, second = model(ids, adapter_names=["default", "__base__"]).logits
+        return torch.allclose(first, model(ids).logits[0], atol=1e-5) and not torch.allclose(first, second, atol=1e-3)

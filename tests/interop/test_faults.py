@@ -149,6 +149,7 @@ FAULTS = (
         arguments={"targets": ["gate_proj", "up_proj", "down_proj"]},
     ),
     Fault("left_by_unload", _is_true),
+    Fault("mixed_norms", _is_true, "TypeError"),
     Fault("activated_without_a_task", _is_true),
     Fault("made_without_memory", _is_true, arguments={"layer_replication": [(0, 2), (1, 3)]}),
     *(

@@ -152,7 +152,8 @@ def _output_layer_names(model: nn.Module, config: PeftConfig) -> set[str]:
 def find_minimal_target_modules(
     target_modules: list[str] | set[str], other_module_names: list[str] | set[str]
 ) -> set[str]:
-    """The shortest dotted suffixes that name all targets and none of the other modules.
+    """The shortest dotted suffixes that name all targets and none of the other modules, as far as these have no target's
+    full name for an end.
 
     Keeps long generated target lists (one entry a layer) short and quick to match.
 
@@ -173,7 +174,7 @@ def find_minimal_target_modules(
     chosen: set[str] = set()
     for name in sorted(targets):
         if chosen.isdisjoint(_suffixes(name)):
-            chosen.add(next(suffix for suffix in _suffixes(name) if suffix not in forbidden))
+            chosen.add(next((suffix for suffix in _suffixes(name) if suffix not in forbidden), name))
     return {name for name in chosen if chosen.isdisjoint(list(_suffixes(name))[:-1])}
 
 
