@@ -263,15 +263,6 @@ def thawing_nothing() -> str:
 
 
 @recipe
-def mixtral_by_default() -> list[str]:
-    """What a config without targets adapts in Mixtral."""
-    from models import BASES
-
-    model = peft.get_peft_model(BASES["mixtral"](), peft.LoraConfig())
-    return sorted(model.peft_config["default"].target_modules)
-
-
-@recipe
 def mixed_norms() -> bool:
     """Whether rows of a batch use copies of a norm in `modules_to_save`."""
     model, ids = _of_base("llama", target_modules=["q_proj"], modules_to_save=["model.norm"])

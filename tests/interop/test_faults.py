@@ -157,7 +157,6 @@ FAULTS = (
         for start in ("pissa", "olora")
     ),
     Fault("thawing_nothing", lambda error: error == "ValueError"),
-    Fault("mixtral_by_default", lambda names: names == ["q_proj", "v_proj"], "NoMatchingPeftModuleError"),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
     Fault("offloaded", _is_true, "AssertionError|RuntimeError"),
     Fault("torchao_dora_merged", lambda change: change < 0.1, package="torchao"),

@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from peft.config import PeftConfig
 from peft.tuners._registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
@@ -341,10 +342,16 @@ def convert_peft_config_for_transformers(
 
     Raises:
         ValueError: The config adapts only a part of what became one parameter, or its parts differently.
+        NoMatchingPeftModuleError: It names nothing.
     """
     if _fusions(conversions) and _means_stacks(_base_model(model)):
-        if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None):
-            peft_config.target_modules = set()  # no defaults beside the stacks
+        if peft_config.peft_type == PeftType.LORA and peft_config.target_modules is None:
+            if not peft_config.target_parameters:
+                raise NoMatchingPeftModuleError(
+                    f"target_modules is not set, and {type(_base_model(model)).__name__}, whose experts are stacked, has no "
+                    "defaults: set target_modules or target_parameters."
+                )
+            peft_config.target_modules = set()
         _convert_peft_config_moe(peft_config, model)
 
 
