@@ -259,6 +259,8 @@ def test_containers_and_adapted_modules_are_refused():
     model = get_peft_model(Toy(), LoraConfig(target_modules=["body"]))
     with pytest.raises(TypeError, match=r"with an adapter already \(Linear\)"):
         ModulesToSaveWrapper(model.base_model.model.body, "a")
+    with pytest.raises(TypeError, match=r"with an adapter already \(Linear in body\)"):
+        ModulesToSaveWrapper(model.base_model.model, "a")
 
 
 def test_offloaded_modules_are_copied_with_their_values():
