@@ -66,6 +66,12 @@ def get_peft_model(
             PeftWarning,
             stacklevel=2,
         )
+    if getattr(peft_config, "init_lora_weights", None) == "eva" and not low_cpu_mem_usage:
+        warnings.warn(
+            "init_lora_weights='eva' fills A later: with low_cpu_mem_usage=True no memory is taken for it until then.",
+            PeftWarning,
+            stacklevel=2,
+        )
     _name_base_model(model, peft_config, revision)
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name=adapter_name)

@@ -164,7 +164,8 @@ def test_options_given_as_dicts_become_their_classes(name, option, more):
 
 
 def test_starts_that_need_an_option_get_the_default_one():
-    assert LoraConfig(init_lora_weights="eva").eva_config == EvaConfig()
+    with pytest.warns(UserWarning, match="'eva' without eva_config: its defaults"):
+        assert LoraConfig(init_lora_weights="eva").eva_config == EvaConfig()
     assert LoraConfig(init_lora_weights="corda").corda_config == CordaConfig()
 
 

@@ -140,14 +140,17 @@ def test_calls_with_an_adapter_apart(monkeypatch, target, part):
     def fail(layer, x):
         raise RuntimeError("expected all tensors on one device")
 
-    def why_apart(layer, names, only_empty=False):
-        return why if away and not only_empty else None
+    asked = []
+
+    def apart_from_base(layer, names):
+        asked.append(tuple(names))
+        return [devices.Apart(why, False)] if away else []
 
     def is_elsewhere(tensor, device):
         return any(tensor is parameter for parameter in away)
 
     for module in (machine, base):
-        monkeypatch.setattr(module, "why_apart", why_apart)
+        monkeypatch.setattr(module, "apart_from_base", apart_from_base)
     monkeypatch.setattr(devices, "_is_elsewhere", is_elsewhere)
     layer.__dict__["_run"] = fail
     routes = []
@@ -156,7 +159,9 @@ def test_calls_with_an_adapter_apart(monkeypatch, target, part):
     with pytest.warns(PeftWarning, match=why):
         y = model(X)
     torch.testing.assert_close(y, expected)
+    asked.clear()
     torch.testing.assert_close(model(X), expected)
+    assert asked == [("default",)]  # once a call
     assert set(routes) == {why} and why in dora.explain(model)
     y.sum().backward()
     assert all(parameter.grad is not None for parameter in away)

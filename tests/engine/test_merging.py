@@ -9,6 +9,7 @@ from torch import nn
 
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.warning import PeftWarning
 
 CASES = {
     "linear": (lambda: nn.Linear(8, 6), (3, 8)),
@@ -81,7 +82,8 @@ def test_unload_leaves_the_base_weight_as_it_was():
     model, layer = adapted(CASES["linear"][0])
     weight = layer.base_layer.weight.data.clone()
     model.merge_adapter()
-    plain = model.unload()
+    with pytest.warns(PeftWarning, match=r"merge_and_unload\(\) leaves them in"):
+        plain = model.unload()
     torch.testing.assert_close(plain[0].weight.data, weight)
 
 

@@ -33,6 +33,11 @@ from peft.tuners.tuners_utils import (
         ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h"}, "model.h.1.q", True),
         ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h"}, "model.x.1.q", False),
         ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["x", "h"]}, "model.h.1.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "x|h"}, "model.h.1.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "h"}, "h.1.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [1]}, "h.1.q", False),
+        ({"target_modules": ["q"], "layers_to_transform": [1]}, "decoder.block.1.layer.0.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": [0]}, "decoder.block.1.layer.0.q", False),
     ],
 )
 def test_a_config_means_these_modules(options, key, expected):
@@ -104,6 +109,7 @@ def test_many_full_names_become_few_suffixes():
     assert {name for name in names if any(name == s or name.endswith(f".{s}") for s in uneven)} == set(targets[:-1])
     with pytest.raises(ValueError, match="both targets and not"):
         find_minimal_target_modules(["a.b"], ["a.b"])
+    assert find_minimal_target_modules(["head"], ["decoder.head"]) == {"head"}
 
 
 def test_a_second_adapter_does_not_reach_into_the_first_ones_layers():

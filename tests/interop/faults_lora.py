@@ -206,3 +206,67 @@ def converted_dora(start: str) -> float:
         loaded = peft.PeftModel.from_pretrained(base_and_input("two")[0], f"{folder}/plain")
     with evaluated(model), evaluated(loaded):
         return (model(x) - loaded(x)).abs().max().item()
+
+
+@recipe
+def named_shared_experts(targets: Any) -> list[str]:
+    """The children of a GLM4-MoE's MLPs, one dense and one of experts, that an adapter is for."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    base = Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **heads, **experts, pad_token_id=0))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets))
+    adapted = {name.split(".")[6] for name in peft.get_peft_model_state_dict(model)}
+    return sorted(adapted)
+
+
+@recipe
+def left_by_unload() -> bool:
+    """Whether `unload` gives the base model back where an adapter was merged."""
+    model, x = _of_base("two", target_modules=["first"])
+    with model.disable_adapter():
+        before = model(x)
+    model.merge_adapter()
+    return torch.allclose(model.unload()(x), before, atol=1e-5)
+
+
+@recipe
+def activated_without_a_task() -> bool:
+    """Whether aLoRA acts in a model whose config names no task."""
+    model, ids = _of_base("llama", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[3])
+    ids = torch.cat([ids, torch.full_like(ids[:, :1], 3), ids], 1)
+    with evaluated(model):
+        y = model(ids).logits
+        with model.disable_adapter():
+            return not torch.equal(y, model(ids).logits)
+
+
+@recipe
+def made_without_memory(**options: Any) -> bool:
+    """Whether an adapter made with low_cpu_mem_usage leaves every tensor of the base with its values."""
+    base, _ = base_and_input("llama")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], **options), low_cpu_mem_usage=True)
+    return not any(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@recipe
+def thawing_nothing() -> str:
+    """The error that thawing an adapter that is not there raises; empty if none."""
+    model, _ = _of_base("two", target_modules=["first"])
+    try:
+        model.set_requires_grad("absent", False)
+    except ValueError as error:
+        return type(error).__name__
+    return ""
+
+
+@recipe
+def mixed_norms() -> bool:
+    """Whether rows of a batch use copies of a norm in `modules_to_save`."""
+    model, ids = _of_base("llama", target_modules=["q_proj"], modules_to_save=["model.norm"])
+    ids = ids[:1].expand(2, -1)
+    with evaluated(model):
+        first, second = model(ids, adapter_names=["default", "__base__"]).logits
+        return torch.allclose(first, model(ids).logits[0], atol=1e-5) and not torch.allclose(first, second, atol=1e-3)

@@ -147,6 +147,7 @@ CASES: dict[str, Case] = {
     "llama-save-embeddings": _causal(**_DOWN, modules_to_save=["embed_tokens", "lm_head"]),
     **_both("llama-embeddings", _causal(target_modules=["q_proj", "embed_tokens"])),
     **_both("llama-head", _causal(target_modules=["q_proj", "lm_head"])),
+    "llama-save-norms": _causal(**_DOWN, modules_to_save=["norm", "m_tokens"]),  # input_layernorm and embed_tokens too
     "llama-tied": _causal("llama-tied", **_DOWN),
     "llama-tied-save-embeddings": _causal("llama-tied", **_DOWN, modules_to_save=["embed_tokens"]),
     "llama-tied-embeddings": _causal("llama-tied", target_modules=["q_proj", "embed_tokens"]),
@@ -179,7 +180,10 @@ CASES: dict[str, Case] = {
     "bert-embeddings": Case("bert", {"r": 3, "target_modules": ["word_embeddings", "value"]}),
     # names of single experts' layers: in Mixtral and Qwen3-MoE the stacks, in Qwen2-MoE the shared expert alone
     "mixtral": _causal("mixtral", target_modules=["q_proj", "w1", "w2", "w3"]),
+    "mixtral-attention": _causal("mixtral", target_modules=["q_proj"]),
+    "mixtral-stacks": _causal("mixtral", target_parameters=["experts.gate_up_proj"]),
     "qwen3-moe": _causal("qwen3-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
     "qwen2-moe": _causal("qwen2-moe", target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]),
+    "t5-layers": Case("t5", {"task_type": "SEQ_2_SEQ_LM", "r": 3, "layers_to_transform": 0}),  # block.0.layer.1 too
     **_both("t5", Case("t5", {"task_type": "SEQ_2_SEQ_LM", "r": 3})),
 }

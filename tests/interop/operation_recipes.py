@@ -128,6 +128,18 @@ def swapped(target_rank: int | None = None, rank: int = 4, alpha: int = 9, **opt
         return {"before": before, "after": model(x)}
 
 
+@recipe
+def asked(base: str = "llama", **options: Any) -> dict[str, Any]:
+    """What a model with two adapters says of its layers and of itself, and keys that are not of the one loaded."""
+    targets = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+    model, _ = _model(base, ("default", "other"), **{**targets, **options})
+    state = peft.get_peft_model_state_dict(model, adapter_name="other")
+    state |= {"base_model.model.nothing.lora_A.weight": torch.zeros(1), "nothing": torch.zeros(1)}
+    unknown = peft.set_peft_model_state_dict(model, state, adapter_name="other").unexpected_keys
+    layers = [vars(layer) for layer in model.get_layer_status()]
+    return {"layers": layers, "model": vars(model.get_model_status()), "unknown": sorted(unknown)}
+
+
 # ---- conversions -----------------------------------------------------------------------------------------------------
 @recipe
 def converted(name: str, folder: str) -> dict[str, Any]:

@@ -364,7 +364,7 @@ VARIANTS: dict[str, Option] = {
     "bias-all": _two({"dora": {}}, target_modules=["second"], bias="all"),
     "dropout": _two({"dora": {}}, lora_dropout=0.3),
     "one-layer": _two({"dora": {}}, target_modules="all-linear", exclude_modules=["second"]),
-    "module-saved": _two({"dora": {}, "nf4": {"refused": "RuntimeError|TypeError"}}, target_modules=["first"], modules_to_save=["second"]),
+    "module-saved": _two({"dora": {}, "nf4": {"refused": "RuntimeError"}}, target_modules=["first"], modules_to_save=["second"]),
     "lora-bias": _two(
         {"nf4": {"wrong": ("merged",)}, "dora": {"there": "ValueError"}},
         target_modules=["first"], lora_bias=True, init_lora_weights=False,
@@ -410,6 +410,7 @@ REFUSED: dict[str, Option] = {
         ("r", 0, "ValueError"), ("r", -1, "ValueError"), ("r", 2.5, "TypeError"), ("lora_dropout", 2.0, "ValueError"),
         ("lora_dropout", "much", "TypeError"), ("bias", "some", "NotImplementedError"),
         ("init_lora_weights", "pisa", "ValueError"), ("init_lora_weights", "pissa_niter_x", "ValueError"),
+        ("init_lora_weights", "PISSA", "ValueError"), ("init_lora_weights", "Orthogonal", "ValueError"),
     )
 }  # fmt: skip
 # Its merges go into weights that several layers share.
@@ -429,6 +430,9 @@ TARGETS: dict[str, Option] = {
     "tokens-named": Option("llama", {"trainable_token_indices": {"embed_tokens": _TOKENS}}),
     "tokens-alone": Option(
         "llama", {"target_modules": [], "trainable_token_indices": _TOKENS}, there="NoMatchingPeftModuleError"
+    ),
+    "tokens-beside-nothing": Option(
+        "llama", {"target_modules": ["nothing"], "trainable_token_indices": _TOKENS}, refused="NoMatchingPeftModuleError"
     ),
     "tokens-tied": Option("llama-tied", {"trainable_token_indices": _TOKENS}, dora={}),
     "tokens-both": Option("llama", {"trainable_token_indices": {"embed_tokens": _TOKENS, "lm_head": [2]}}),
@@ -458,6 +462,10 @@ TARGETS: dict[str, Option] = {
     "parameters": Option(
         "mixture", {"target_modules": [], "target_parameters": ["experts.up"]}, dora={"there": "ValueError"}
     ),
+    "parameters-beside-nothing": Option(
+        "mixture", {"target_modules": ["nothing"], "target_parameters": ["experts.up"]}
+    ),
+    "parameters-beside-defaults": Option("llama", {"target_modules": None, "target_parameters": ["lm_head.weight"]}),
     "parameters-all": Option(
         "mixture", {"target_modules": ["last"], "target_parameters": ["experts.up", "experts.down", "experts.mix"]}
     ),

@@ -138,6 +138,25 @@ FAULTS = (
     Fault("on_megatron", _is_small, "ValueError", {"use_dora": True}),
     Fault("experts_of_an_older_file", _is_small, "RuntimeError"),
     Fault("experts_from_a_state_dict", _is_small, "ValueError"),
+    Fault(
+        "named_shared_experts",
+        lambda kinds: kinds == ["shared_experts"],
+        arguments={"targets": r".*shared_experts\.(gate|up|down)_proj"},
+    ),
+    Fault(
+        "named_shared_experts",
+        lambda kinds: kinds == ["down_proj", "experts", "gate_proj", "shared_experts", "up_proj"],
+        arguments={"targets": ["gate_proj", "up_proj", "down_proj"]},
+    ),
+    Fault("left_by_unload", _is_true),
+    Fault("mixed_norms", _is_true, "TypeError"),
+    Fault("activated_without_a_task", _is_true),
+    Fault("made_without_memory", _is_true, arguments={"layer_replication": [(0, 2), (1, 3)]}),
+    *(
+        Fault("made_without_memory", _is_true, "RuntimeError", {"init_lora_weights": start})
+        for start in ("pissa", "olora")
+    ),
+    Fault("thawing_nothing", lambda error: error == "ValueError"),
     # a build of torch without CUDA asserts, one with CUDA and no driver raises
     Fault("offloaded", _is_true, "AssertionError|RuntimeError"),
     Fault("torchao_dora_merged", lambda change: change < 0.1, package="torchao"),

@@ -167,6 +167,15 @@ def test_injected_adapters_have_no_prefix():
     assert torch.equal(other(IDS), model(IDS))
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (8,)])
+def test_factors_that_are_elsewhere_are_reported(shape):
+    model = adapted()
+    state = model.state_dict()
+    key = "base_model.model.first.lora_A.default.weight"
+    with pytest.warns(PeftWarning, match=r"'default': .*first\.lora_A\.weight are no matrices.*gathered"):
+        get_peft_model_state_dict(model, {**state, key: torch.zeros(shape)})
+
+
 def test_missing_and_unknown_keys_are_returned():
     model = adapted(modules_to_save=["head"])
     state = get_peft_model_state_dict(model)
@@ -177,7 +186,7 @@ def test_missing_and_unknown_keys_are_returned():
         "base_model.model.first.lora_A.default.weight",
         "base_model.model.head.modules_to_save.default.bias",
     ]
-    assert result.unexpected_keys == ["base_model.model.nothing.lora_A.default.weight"]
+    assert result.unexpected_keys == ["base_model.model.nothing.lora_A.weight"]
 
 
 def test_low_cpu_mem_usage_takes_the_tensors_themselves():

@@ -94,7 +94,7 @@ def test_from_a_folder(tmp_path):
     other.save_pretrained(tmp_path)
     hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
     torch.testing.assert_close(model(X), other(X))
-    with pytest.raises(ValueError, match="'nope'"):
+    with pytest.raises(RuntimeError, match="'nope'"):
         hotswap_adapter(model, str(tmp_path), "nope")
 
 

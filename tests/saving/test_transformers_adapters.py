@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping  # noqa
 
 from peft import (  # noqa: E402
     LoraConfig,
+    NoMatchingPeftModuleError,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -241,8 +242,13 @@ CONVERTED = [
         (set(), ["model.layers.1.mlp.experts.down_proj"], {}, None),
     ),
     (r".*\.experts\.\d+\.w2", {}, (r".*\.experts\.\d+\.w2", ["down_proj"], {}, None)),
-    (["q_proj"], {}, ({"q_proj"}, None, {}, None)),
+    (["q_proj"], {}, ({"q_proj"}, [], {}, None)),
 ]
+
+
+def test_stacked_experts_have_no_default_targets():
+    with pytest.raises(NoMatchingPeftModuleError, match="MixtralForCausalLM.*set target_modules or target_parameters"):
+        get_peft_model(mixtral(), LoraConfig())
 
 
 @pytest.mark.parametrize(("targets", "settings", "expected"), CONVERTED, ids=str)

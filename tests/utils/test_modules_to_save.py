@@ -240,14 +240,14 @@ def test_integer_parameters_are_no_obstacle():
 def test_quantised_modules_are_refused(kind, nested):
     bnb = pytest.importorskip("bitsandbytes")
     layer = getattr(bnb.nn, kind)(64, 64, **({"has_fp16_weights": False} if kind == "Linear8bitLt" else {})).to("cpu")
-    with pytest.raises(TypeError, match=rf"quantised {kind}.*llm_int8_skip_modules"):
+    with pytest.raises(RuntimeError, match=rf"quantised {kind}.*llm_int8_skip_modules"):
         ModulesToSaveWrapper(nn.Sequential(layer) if nested else layer, "a")
 
 
 def test_packed_buffers_are_refused():
     module = nn.Module()
     module.register_buffer("qweight", torch.zeros(2, dtype=torch.int32))
-    with pytest.raises(TypeError, match="quantised"):
+    with pytest.raises(RuntimeError, match="quantised"):
         ModulesToSaveWrapper(module, "a")
 
 
@@ -259,6 +259,8 @@ def test_containers_and_adapted_modules_are_refused():
     model = get_peft_model(Toy(), LoraConfig(target_modules=["body"]))
     with pytest.raises(TypeError, match=r"with an adapter already \(Linear\)"):
         ModulesToSaveWrapper(model.base_model.model.body, "a")
+    with pytest.raises(TypeError, match=r"with an adapter already \(Linear in body\)"):
+        ModulesToSaveWrapper(model.base_model.model, "a")
 
 
 def test_offloaded_modules_are_copied_with_their_values():

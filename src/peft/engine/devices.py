@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -48,19 +48,22 @@ def base_device_of(layer: BaseTunerLayer) -> torch.device | None:
     return None if device is None else torch.empty(0, device=device).device
 
 
-def why_apart(layer: BaseTunerLayer, names: Iterable[str], only_empty: bool = False) -> str | None:
-    """Where an adapter is that is not where the base weight is, in words; None if all are there.
+class Apart(NamedTuple):
+    """An adapter's slot that is not where the base weight is: where the two are, in words, and whether one has no values."""
+
+    why: str
+    empty: bool
+
+
+def apart_from_base(layer: BaseTunerLayer, names: Iterable[str]) -> list[Apart]:
+    """The slots of the named adapters that are not where the base weight is; what is on the meta device has no values.
 
     What accelerate brings in for each call counts as being there.
-
-    Args:
-        layer: The layer.
-        names: The adapters to look at.
-        only_empty: Name them only where one of the two has no values: is on the meta device.
     """
     base_device = base_device_of(layer)
     if base_device is None:
-        return None
+        return []
+    apart = []
     for name in names:
         for attribute, slot in layer._slots():
             if name not in slot:
@@ -71,10 +74,11 @@ def why_apart(layer: BaseTunerLayer, names: Iterable[str], only_empty: bool = Fa
                 continue
             tensors = entry.parameters() if isinstance(entry, nn.Module) else (entry,)
             devices = {tensor.device for tensor in tensors} - {base_device}
-            if META in devices or (devices and (not only_empty or base_device == META)):
+            if devices:
                 where = ", ".join(map(str, devices))
-                return f"{attribute} of adapter {name!r} is on {where}, the base weight on {base_device}"
-    return None
+                why = f"{attribute} of adapter {name!r} is on {where}, the base weight on {base_device}"
+                apart.append(Apart(why, META in {base_device, *devices}))
+    return apart
 
 
 @contextmanager

@@ -134,9 +134,11 @@ def inject(
 
 
 def _may_be_empty(config: PeftConfig) -> bool:
-    if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
+    """Whether a config asks for something beside the modules that it names: parameters, or tokens and no modules."""
+    targets = getattr(config, "target_modules", None)
+    if targets == DUMMY_TARGET_MODULES or getattr(config, "target_parameters", None):
         return True
-    return bool(getattr(config, "target_parameters", None) or getattr(config, "trainable_token_indices", None))
+    return not targets and bool(getattr(config, "trainable_token_indices", None))
 
 
 def _nothing_matched(config: PeftConfig, matches: Matches) -> NoMatchingPeftModuleError:
@@ -172,6 +174,9 @@ def _warn_about_disagreement(by_config: list[str], by_state_dict: list[str]) -> 
 
 
 def _warn_about_leftovers(config: PeftConfig, matches: Matches, chosen: list[str]) -> None:
+    targets = getattr(config, "target_modules", None)
+    if targets and targets != DUMMY_TARGET_MODULES and not chosen:
+        warnings.warn(f"target_modules={targets!r} names no module of the base model.", RuntimeWarning, stacklevel=4)
     excluded = getattr(config, "exclude_modules", None)
     if excluded and not matches.excluded:
         warnings.warn(f"exclude_modules={excluded!r} excluded nothing: no module has such a name.", stacklevel=4)

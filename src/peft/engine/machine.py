@@ -16,7 +16,7 @@ import torch
 from peft.utils.warning import PeftWarning
 from peft.weights import find_weight
 
-from .devices import base_device_of, brought_to_base, why_apart
+from .devices import Apart, apart_from_base, base_device_of, brought_to_base
 from .layer import BaseTunerLayer, Changes, check_adapters_to_merge
 from .method import Folded, Method
 
@@ -108,22 +108,22 @@ class AdapterLayer(BaseTunerLayer):
         Raises:
             RuntimeError: They cannot: something of them is on the meta device, or x is elsewhere.
         """
-        names = [] if self.disable_adapters else {*self.active_adapters, *adapter_names}
-        why = why_apart(self, names)
-        if why is None or "_apart" in self.__dict__:
+        apart = self._apart_from_base(adapter_names)
+        if not apart or "_apart" in self.__dict__:
             return False
-        self._refuse_empty(names, error)
+        self._refuse_empty(apart, error)
         if x.device != base_device_of(self):
             raise RuntimeError(
-                f"{type(self).__name__}: {why}, x on {x.device}. x must be where the base weight is: move the whole model, "
-                "model.to(device)."
+                f"{type(self).__name__}: {apart[0].why}, x on {x.device}. x must be where the base weight is: move the whole "
+                "model, model.to(device)."
             ) from error
         return True
 
     def _forward_apart(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A call with adapters that are not where the base weight is: they are brought there for its duration."""
-        self._refuse_empty(self.active_adapters)
-        self.__dict__["_apart"] = why_apart(self, [*self.active_adapters, *(kwargs.get("adapter_names") or ())])
+        apart = self._apart_from_base(kwargs.get("adapter_names") or ())
+        self._refuse_empty(apart)
+        self.__dict__["_apart"] = apart[0].why if apart else None
         try:
             with brought_to_base(self, x.device) as any_elsewhere:
                 if any_elsewhere:
@@ -133,14 +133,20 @@ class AdapterLayer(BaseTunerLayer):
         self._replan()  # they are together again
         return self.forward(x, *args, **kwargs)
 
-    def _refuse_empty(self, names: Iterable[str], error: RuntimeError | None = None) -> None:
+    def _apart_from_base(self, adapter_names: Iterable[str] = ()) -> list[Apart]:
+        """What is not where the base weight is of the adapters of a call: the active ones and those of a mixed batch."""
+        names = [] if self.disable_adapters else [*self.active_adapters, *adapter_names]
+        return apart_from_base(self, dict.fromkeys(names))
+
+    def _refuse_empty(self, apart: list[Apart], error: RuntimeError | None = None) -> None:
         """Raise where one of the adapters, or the base weight alone, is on the meta device; that made a call fail with
         `error`."""
-        why = why_apart(self, names, only_empty=True)
-        if why is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}: {why}. A tensor on the meta device has no values: load the adapter, or the base, first."
-            ) from error
+        for why, empty in apart:
+            if empty:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {why}. A tensor on the meta device has no values: load the adapter, or the base, "
+                    "first."
+                ) from error
 
     def _replan(self) -> None:
         super()._replan()
@@ -152,8 +158,7 @@ class AdapterLayer(BaseTunerLayer):
 
     def _plan(self) -> Callable[[Any, torch.Tensor], torch.Tensor]:
         """Work out how calls run, and note it."""
-        if not self.disable_adapters:  # a product with a tensor on meta may be rubbish and no error
-            self._refuse_empty(self.active_adapters)
+        self._refuse_empty(self._apart_from_base())  # a product with a tensor on meta may be rubbish and no error
         run = self.__dict__["_run"] = self._plan_run()
         self.__dict__["_run_name"] = run.__name__
         return run
@@ -277,7 +282,7 @@ class AdapterLayer(BaseTunerLayer):
             RuntimeError: An adapter cannot be folded into this layer; of the class that its method names. Or it has no
                 values.
         """
-        self._refuse_empty(names)
+        self._refuse_empty(apart_from_base(self, names))
         for name in names:
             method = self.method(name) if self.has_adapter(name) else None
             why_not = None if method is None else method.why_not_foldable(self, name) or self._why_not_writable()

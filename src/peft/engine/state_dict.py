@@ -220,7 +220,7 @@ def load_adapter_state_dict(
         low_cpu_mem_usage: Put the tensors themselves into the model in place of copying, as its own are on meta.
 
     Returns:
-        The adapter's keys that `saved` lacks, and those of `saved` that the model has no place for.
+        The adapter's keys in the model that `saved` lacks, and keys of `saved` that the model has no place for.
 
     Raises:
         TypeError: A value is no tensor.
@@ -260,7 +260,9 @@ def load_adapter_state_dict(
                 move_slot_to_base_layer(module, adapter_name, keep_dtype=True)
             module._replan()
     own = set(_own_keys(model, tuner, config, adapter_name, current))
-    return IncompatibleKeys([key for key in result.missing_keys if key in own], result.unexpected_keys)
+    in_file = {id(value): key for key, value in saved.items()}
+    unexpected = [in_file.get(id(live[key]), key) for key in result.unexpected_keys]
+    return IncompatibleKeys([key for key in result.missing_keys if key in own], unexpected)
 
 
 def mismatched_shapes(live: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> list[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LINEAR_CLASS_NAMES = frozenset(
     "EetqLinear EETQLinear HQQLinear QuantizedLinear WQLinear_GEMM WQLinear_GEMV BaseQuantLinear BitLinear".split()
 )
-_NUMBERED_LAYER = r".*\.[^.]*\.(\d+)\."
+_NUMBERED_LAYER = r".*?\.[^.]*\.(?P<number>\d+)\."  # of nested lists it is the outermost that counts the layers
 
 
 class _ExcludedModule:
@@ -83,10 +83,11 @@ def _is_in_layers(config: PeftConfig, key: str) -> bool:
         match = re.match(_NUMBERED_LAYER, key)
     else:
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        match = next(filter(None, (re.match(rf".*\.{pattern}\.(\d+)\.", key) for pattern in patterns)), None)
+        lists = (re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", key) for pattern in patterns)
+        match = next(filter(None, lists), None)
     if match is None:
         return False
-    number = int(match.group(1))
+    number = int(match["number"])
     return number == wanted if isinstance(wanted, int) else number in wanted
 
 
@@ -151,7 +152,8 @@ def _output_layer_names(model: nn.Module, config: PeftConfig) -> set[str]:
 def find_minimal_target_modules(
     target_modules: list[str] | set[str], other_module_names: list[str] | set[str]
 ) -> set[str]:
-    """The shortest dotted suffixes that name all targets and none of the other modules.
+    """The shortest dotted suffixes that name all targets and none of the other modules, as far as these have no target's
+    full name for an end.
 
     Keeps long generated target lists (one entry a layer) short and quick to match.
 
@@ -172,7 +174,7 @@ def find_minimal_target_modules(
     chosen: set[str] = set()
     for name in sorted(targets):
         if chosen.isdisjoint(_suffixes(name)):
-            chosen.add(next(suffix for suffix in _suffixes(name) if suffix not in forbidden))
+            chosen.add(next((suffix for suffix in _suffixes(name) if suffix not in forbidden), name))
     return {name for name in chosen if chosen.isdisjoint(list(_suffixes(name))[:-1])}
 
 

@@ -148,10 +148,13 @@ class BaseTuner(Module, ABC):
         )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        """Fill in the default targets of the model's type where the config names none."""
-        if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
+        """Fill in the default targets of the model's type where the config names none; beside `target_parameters` there
+        need not be any."""
+        if peft_config.target_modules is None:
             model_type = model_config.get("model_type")
             if model_type not in self.target_module_mapping:
+                if getattr(peft_config, "target_parameters", None):
+                    return peft_config
                 raise ValueError(
                     f"target_modules is not set and there is no default for the model type {model_type!r}: set "
                     "target_modules to names of modules, or to 'all-linear'."
@@ -342,6 +345,12 @@ class BaseTuner(Module, ABC):
             self._check_merge_allowed()
             layers = self._merging_order(adapter_names)
             tying.part(layers, self.active_adapters if adapter_names is None else adapter_names)
+        elif any(layer.merged for layer in self._layers()):
+            warnings.warn(
+                "unload() takes the merged adapters out of the base weights again; merge_and_unload() leaves them in.",
+                PeftWarning,
+                stacklevel=3,
+            )
         wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         names = [name for name, module in self.model.named_modules() if isinstance(module, wrapped)]
         outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft.engine.layer import BaseTunerLayer
 from peft.engine.tuner import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import ModulesToSaveWrapper
 
 if TYPE_CHECKING:
     from .base import PeftModel
@@ -152,7 +152,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def _adapted(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrapped = (BaseTunerLayer, ModulesToSaveWrapper)  # a TrainableTokensWrapper's layer is inside it
     return ((name, module) for name, module in model.named_modules() if isinstance(module, wrapped))
 
 

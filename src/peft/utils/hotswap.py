@@ -372,12 +372,12 @@ def hotswap_adapter(
         kwargs: Arguments for reading the config and the file, such as `subfolder` or `revision`.
 
     Raises:
-        ValueError: The configs or the shapes do not agree, or there is no such adapter; nothing was changed.
-        RuntimeError: The file has tensors that belong nowhere, or lacks some; nothing was changed.
+        ValueError: The configs or the shapes do not agree; nothing was changed.
+        RuntimeError: There is no such adapter, or the file has tensors that belong nowhere, or lacks some; likewise.
     """
     loaded = getattr(getattr(model, _COMPILED, model), "peft_config", {})
     if adapter_name not in loaded:
-        raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(loaded)}.")
+        raise RuntimeError(f"The model has no adapter {adapter_name!r}; it has {sorted(loaded)}.")
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     check_hotswap_configs_compatible(loaded[adapter_name], config)
     weights = load_peft_weights(model_name_or_path, device=torch_device, **kwargs)

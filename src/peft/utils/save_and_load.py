@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from importlib.util import find_spec
 from pickle import UnpicklingError
 from typing import Any
@@ -22,8 +23,10 @@ from peft.weights import filling
 
 from .constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .other import infer_device
+from .warning import PeftWarning
 
 _PREFIX = "base_model.model."
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.weight)?$")
 
 
 def _tuner_of(config: Any) -> type:
@@ -69,7 +72,17 @@ def get_peft_model_state_dict(
         model = getattr(model, "_orig_mod", model)
     config = _config_of(model, adapter_name)
     state = model.state_dict() if state_dict is None else state_dict
-    return _engine.adapter_state_dict(model, _tuner_of(config), config, adapter_name, state, save_embedding_layers)
+    tensors = _engine.adapter_state_dict(model, _tuner_of(config), config, adapter_name, state, save_embedding_layers)
+    flat = [key for key, tensor in tensors.items() if _FACTOR.search(key) and (tensor.dim() < 2 or not tensor.numel())]
+    if flat:
+        warnings.warn(
+            f"Adapter {adapter_name!r}: {', '.join(flat)} are no matrices, but of shape {list(tensors[flat[0]].shape)}, as in "
+            "a model whose parameters are on other ranks: pass a state_dict that was gathered, such as accelerator."
+            "get_state_dict(model).",
+            PeftWarning,
+            stacklevel=2,
+        )
+    return tensors
 
 
 def set_peft_model_state_dict(

@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from peft.config import PeftConfig
 from peft.tuners._registry import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
@@ -341,8 +342,16 @@ def convert_peft_config_for_transformers(
 
     Raises:
         ValueError: The config adapts only a part of what became one parameter, or its parts differently.
+        NoMatchingPeftModuleError: It names nothing.
     """
     if _fusions(conversions) and _means_stacks(_base_model(model)):
+        if peft_config.peft_type == PeftType.LORA and peft_config.target_modules is None:
+            if not peft_config.target_parameters:
+                raise NoMatchingPeftModuleError(
+                    f"target_modules is not set, and {type(_base_model(model)).__name__}, whose experts are stacked, has no "
+                    "defaults: set target_modules or target_parameters."
+                )
+            peft_config.target_modules = set()
         _convert_peft_config_moe(peft_config, model)
 
 
@@ -507,9 +516,9 @@ def _write_targets(
                 config.alpha_pattern = {**config.alpha_pattern, pattern: alpha}
     weights = dict.fromkeys(f"{name.rsplit('.', 1)[-1]}.weight" for name in routers)
     parameters += [name for name in weights if name not in parameters]
-    if parameters == list(config.target_parameters or ()):
+    before, config.target_parameters = list(config.target_parameters or ()), parameters
+    if parameters == before:
         return
-    config.target_parameters = parameters
     present = [name for name, _ in base.named_modules() if name not in routers]
     if isinstance(config.target_modules, str):
         if routers and config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:

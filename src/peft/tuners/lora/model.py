@@ -84,12 +84,11 @@ class LoraModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict) -> LoraConfig:
         """As of every tuner; names of single experts become the stacked parameters that transformers makes of them."""
-        config = super()._prepare_adapter_config(peft_config, model_config)
         if is_transformers_model(self.model) and find_spec(_CONVERSIONS) is not None:
             conversions = public(_CONVERSIONS, "get_model_conversion_mapping")(self.model)
             convert = public("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers")
-            convert(config, self.model, conversions)
-        return config
+            convert(peft_config, self.model, conversions)
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         super()._check_new_adapter_config(config)

@@ -67,13 +67,16 @@ def _named(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def _outermost_matches(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the modules that are meant; what lies inside one of them, or inside a wrapper, is not."""
+    """Full names of the modules that are meant; what lies inside one of them, or inside a wrapper, is not.
+
+    A name is any end of a full name, as in the release: files that it wrote hold `input_layernorm` for "norm".
+    """
     found: list[str] = []
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        matches = any(_is_valid_match(name, target) for target in targets)
+        matches = name.endswith(tuple(targets))
         inside = f"{name}." if matches or isinstance(module, AuxiliaryTrainingWrapper) else None
         if matches:
             found.append(name)

@@ -77,7 +77,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         tied_module: Module whose weight the adapter's copy is to share, for layers that the base model ties.
 
     Raises:
-        TypeError: The module is a bare container, covered by an adapter already, or stored quantised.
+        TypeError: The module is a bare container, or covered by an adapter already.
+        RuntimeError: It is stored quantised.
     """
 
     __module__ = "peft.utils.other"  # the path in pickles and logs
@@ -91,7 +92,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().check_module()
         part = _quantised_part(self.original_module)
         if part is not None:
-            raise TypeError(
+            raise RuntimeError(
                 f"modules_to_save names a module with a quantised {type(part).__name__}, which cannot be trained: "
                 "load the base model with this module left out of quantisation (such as llm_int8_skip_modules of "
                 "BitsAndBytesConfig, modules_to_not_convert elsewhere), or put an adapter on it with target_modules."

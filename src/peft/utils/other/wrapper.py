@@ -51,11 +51,13 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
         refused = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
         module = self.original_module
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise TypeError(
-                f"{self._error_message_name()} names a module with an adapter already ({type(module).__name__}): "
-                "leave it out of target_modules, or of the other setting."
-            )
+        for name, part in module.named_modules():  # a copy of an adapter within could not be saved
+            if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                where = f" in {name}" if name else ""
+                raise TypeError(
+                    f"{self._error_message_name()} names a module with an adapter already ({type(part).__name__}{where}): "
+                    "leave it out of target_modules, or of the other setting."
+                )
         if isinstance(module, refused):
             raise TypeError(
                 f"{self._error_message_name()} names a {type(module).__name__}, which has no forward of its own: name "

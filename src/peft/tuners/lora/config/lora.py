@@ -30,6 +30,7 @@ from .options import (
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+_IN_ANY_CASE = ("gaussian", "olora", "mica")  # as the release reads them; it refuses other spellings of the rest
 _PISSA_NITER = re.compile(r"pissa_niter_\d+")
 
 
@@ -47,7 +48,8 @@ class LoraConfig(PeftConfig):
         fan_in_fan_out: Whether the base layer stores its weight `[in, out]`; set by itself where that is known.
         bias: Biases to train: "none", "all", or "lora_only" for those of adapted layers.
         use_rslora: Scale by `lora_alpha / √r` instead (arXiv 2312.03732).
-        modules_to_save: Modules to train in full and save with the adapter, such as a new head.
+        modules_to_save: Modules to train in full and save with the adapter, such as a new head: whatever their names end in
+            one of these, at a dot or not.
         init_lora_weights: The start of A and B: True, False, or one of the names in `INITS`.
         layers_to_transform: Numbers of the layers to adapt; None for all.
         layers_pattern: Name of the module list that these numbers count in.
@@ -177,7 +179,7 @@ class LoraConfig(PeftConfig):
         """Refuse values that no adapter can be made with; it is called when one is made, before the model is changed.
 
         Raises:
-            TypeError: A rank is no integer, or `lora_dropout` no number.
+            TypeError: A rank is no integer, `lora_dropout` no number, or `modules_to_save` not a list of names.
             ValueError: A rank is not positive, `lora_dropout` no probability, or `init_lora_weights` unknown.
             NotImplementedError: `bias` is unknown.
         """
@@ -191,11 +193,14 @@ class LoraConfig(PeftConfig):
         if not number or not 0.0 <= self.lora_dropout <= 1.0:
             error = f"lora_dropout={self.lora_dropout!r} must lie between 0 and 1: it is a probability."
             raise ValueError(error) if number else TypeError(error)
+        saved = self.modules_to_save
+        if isinstance(saved, str) or "" in (saved or ()):  # the end of every name
+            raise TypeError(f"modules_to_save={saved!r} must be a list of names of modules.")
         init = self.init_lora_weights
-        if isinstance(init, str) and init.lower() not in INITS and not _PISSA_NITER.fullmatch(init.lower()):
+        if isinstance(init, str) and not _is_known_start(init):
             raise ValueError(
                 f"init_lora_weights={init!r} is unknown: use True, False, 'pissa_niter_N' or one of "
-                f"{', '.join(map(repr, INITS))}."
+                f"{', '.join(map(repr, INITS))}, in lower case."
             )
 
     def _check_targets(self) -> None:
@@ -225,6 +230,9 @@ class LoraConfig(PeftConfig):
             raise ValueError("init_lora_weights='loftq' needs loftq_config, such as LoftQConfig(loftq_bits=4).")
         for name, option_cls in (("eva", EvaConfig), ("corda", CordaConfig)):
             if init == name and getattr(self, f"{name}_config") is None:
+                warnings.warn(
+                    f"init_lora_weights={init!r} without {name}_config: its defaults are taken.", stacklevel=4
+                )
                 setattr(self, f"{name}_config", option_cls())
             elif init != name and getattr(self, f"{name}_config") is not None:
                 warnings.warn(f"{name}_config has no effect with init_lora_weights={init!r}.", stacklevel=4)
@@ -251,6 +259,10 @@ class LoraConfig(PeftConfig):
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_known_start(name: str) -> bool:
+    return name in INITS or name.lower() in _IN_ANY_CASE or _PISSA_NITER.fullmatch(name) is not None
 
 
 def _check_rank(name: str, rank: Any) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # The layer's method that does it, by the value of init_lora_weights, given the layer, the adapter and its config.
 _STARTS = {
-    "pissa": lambda layer, name, config: layer.pissa_init(name, config.init_lora_weights.lower()),
+    "pissa": lambda layer, name, config: layer.pissa_init(name, config.init_lora_weights),
     "olora": lambda layer, name, config: layer.olora_init(name),
     "orthogonal": lambda layer, name, config: layer.orthogonal_init(name),
     "mica": lambda layer, name, config: layer.mica_init(name),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peft import dora
-from peft.engine.devices import why_apart
+from peft.engine.devices import apart_from_base
 from peft.engine.machine import AdapterLayer
 from peft.engine.method import Method
 from peft.utils.warning import PeftWarning
@@ -384,7 +384,8 @@ class LoraLayer(AdapterLayer):
 
     def dora_routes(self) -> dict[str, dora.Route]:
         """The route of every DoRA adapter of this layer."""
-        return {name: self.dora_route(name, why_apart(self, [name])) for name in self.lora_magnitude_vector}
+        apart = {name: [slot.why for slot in apart_from_base(self, [name])] for name in self.lora_magnitude_vector}
+        return {name: self.dora_route(name, *why[:1]) for name, why in apart.items()}
 
     def _replan(self) -> None:
         super()._replan()
