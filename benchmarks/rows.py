@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from statistics import median
 
@@ -81,13 +82,13 @@ def has_curves(path: Path) -> bool:
     return path.name.startswith(CURVES)
 
 
-def latest_runs(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """For each case the rows of its last run: `{case: {implementation: row}}`.
+def latest_runs(rows: list[dict], needed: Collection[str] | None = None) -> dict[str, dict[str, dict]]:
+    """For each case the rows of its last run, or of the last one with an implementation of `needed`: `{case: {implementation: row}}`.
 
     A run measures all its implementations on one machine. Its rounds are joined: times by their median, the peak by its
     maximum, so that one slow process does not decide.
     """
-    last = {row["case"]: row["run"] for row in rows}
+    last = {row["case"]: row["run"] for row in rows if needed is None or row["implementation"] in needed}
     joined: dict[str, dict[str, dict]] = {}
     for case, run in last.items():
         rounds: dict[str, list[dict]] = {}

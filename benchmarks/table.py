@@ -78,7 +78,7 @@ def cell(run: dict[str, dict], name: str) -> str:
 def table_of(path: Path, quoted: Quoted = TRAINING) -> str | None:
     """The table of one file's rows, as far as a page quotes them; None if none of them may be quoted."""
     rows = read(path)
-    runs = latest_runs([row for row in rows if not faults(row, rows)])
+    runs = latest_runs([row for row in rows if not faults(row, rows)], quoted.needed)
     runs = {name: runs[name] for name in CASES if name in runs and quoted.wants(name, runs[name])}
     if not runs:
         return None

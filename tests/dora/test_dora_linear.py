@@ -51,6 +51,36 @@ def test_more_tokens_than_programs(body, dtype):
     check(case, body.route)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_small_branch_is_rounded_once(body, dtype):
+    """Rounded between base product and gain too, most of a branch below the output's last digit would be gone."""
+    case = make_case((3, 50), 64, 37, rank=5, dtype=torch.float32, autocast=dtypes(body, dtype), device=body.device)
+    t = case.tensors
+    with torch.no_grad():
+        t["B"] *= 2e-3
+        case.W = case.W.to(dtype)
+        t["x"] = t["x"].to(dtype)
+        found = {scale: run_of(case, body, scale) for scale in (0.0, 1.0)}
+        wide = {name: t[name].to(dtype).double() for name in ("x", "A", "B")}
+        delta = case.scaling * wide["B"] @ wide["A"]
+        W = case.W.double()
+        moved, still = (
+            (W + part) * (t["magnitude"].double() / (W + part).norm(dim=1))[:, None] for part in (delta, 0)
+        )
+        truth = wide["x"] @ (moved - still).t()
+    kept = ((found[1.0] - found[0.0]) * truth).sum() / (truth * truth).sum()
+    assert 0.5 < kept < 1.5
+
+
+def run_of(case, body, factor):
+    B = case.tensors["B"]
+    case.tensors["B"] = B * factor
+    with case.context():
+        y = ours(body.route)(case).double()
+    case.tensors["B"] = B
+    return y
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("features", [64, 35])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -40,21 +40,34 @@ def compose(
     """
     shape = u.shape
     u, h = u.view(-1, shape[-1]), h.reshape(-1, h.shape[-1])
-    if h.dtype == u.dtype:
-        v = u.addmm_(h, b.t(), alpha=scaling)
-    else:
-        v = torch.addmm(u.to(h.dtype), h, b.t(), alpha=scaling)
-    if lora_bias is not None:
-        v.add_(lora_bias.detach() * scaling)
+    c = None if lora_bias is None else lora_bias.detach() * scaling
     if stats is None:
+        v = _with_branch(u, h, b, c, scaling, in_place=h.dtype == u.dtype)
         return v.to(u.dtype).view(shape), None
-    gain = stats[1]
+    wide, gain = stats.dtype, stats[1]
     y = torch.empty_like(u) if keep_v else u
-    if bias is None:
-        torch.mul(v, gain, out=y)
-    else:
-        torch.addcmul(bias.detach().to(gain.dtype), v, gain, out=y)
-    return y.view(shape), v.view(shape) if keep_v else None
+    shift = None if bias is None else bias.detach().to(wide)
+    b = b.to(wide)
+    # Rounded between its two sums, a branch smaller than u's last digit would be lost, and what m learns with it.
+    rows = max(1, len(u) if u.dtype == wide else CHUNK_BYTES // (2 * wide.itemsize * max(len(gain), 1)))
+    for start in range(0, len(u), rows):
+        part = slice(start, start + rows)
+        v = _with_branch(u[part].to(wide), h[part].to(wide), b, c, scaling, in_place=True)
+        if keep_v:
+            u[part] = v
+        if shift is None:
+            torch.mul(v, gain, out=y[part])
+        else:
+            torch.addcmul(shift, v, gain, out=y[part])
+    return y.view(shape), u.view(shape) if keep_v else None
+
+
+def _with_branch(
+    u: torch.Tensor, h: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None, scaling: float, in_place: bool
+) -> torch.Tensor:
+    """u + s·h bᵀ + c, in h's dtype."""
+    v = u.addmm_(h, b.t(), alpha=scaling) if in_place else torch.addmm(u.to(h.dtype), h, b.t(), alpha=scaling)
+    return v if c is None else v.add_(c)
 
 
 def scale_gradient(
