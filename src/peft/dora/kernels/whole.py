@@ -212,8 +212,9 @@ def whole_fwd(
     """y = g∘v + bias with v = x Wᵀ + s·(h Bᵀ + c), and h = x Aᵀ, in one launch; sums in float32.
 
     Args:
-        x: `[..., in]`, contiguous, float16 or bfloat16; so are W `[out, in]`, whose rows may have any distance, A `[r, in]`
-            and B `[out, r]`.
+        x: `[..., in]`, contiguous, float16 or bfloat16.
+        W: `[out, in]` in x's dtype; its rows may have any distance.
+        a, b: A `[r, in]` and B `[out, r]` in x's dtype, contiguous.
         stats: The norm and the gain g, `[2, out]`; None for g = 1.
         bias: `[out]`.
         lora_bias: c `[out]`.
