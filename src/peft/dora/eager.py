@@ -46,6 +46,9 @@ def compose(
         return v.to(u.dtype).view(shape), None
     wide, gain = stats.dtype, stats[1]
     y = torch.empty_like(u) if keep_v else u
+    kept = None
+    if keep_v:
+        kept = u if h.dtype == u.dtype else torch.empty_like(u, dtype=h.dtype)
     shift = None if bias is None else bias.detach().to(wide)
     b = b.to(wide)
     # Rounded between its two sums, a branch smaller than u's last digit would be lost, and what m learns with it.
@@ -53,13 +56,13 @@ def compose(
     for start in range(0, len(u), rows):
         part = slice(start, start + rows)
         v = _with_branch(u[part].to(wide), h[part].to(wide), b, c, scaling, in_place=True)
-        if keep_v:
-            u[part] = v
+        if kept is not None:
+            kept[part] = v
         if shift is None:
             torch.mul(v, gain, out=y[part])
         else:
             torch.addcmul(shift, v, gain, out=y[part])
-    return y.view(shape), u.view(shape) if keep_v else None
+    return y.view(shape), None if kept is None else kept.view(shape)
 
 
 def _with_branch(
